@@ -1,0 +1,36 @@
+"""Which library an array belongs to. The rest of hpcmp never asks "is it CuPy?": it asks for the array module."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+#: A NumPy or CuPy array. The two share one interface and no base class, so the type is not narrower than this.
+Array = Any
+
+
+def array_module(x: Array) -> ModuleType:
+    """The module (``numpy`` or ``cupy``) whose functions work on ``x``; scalars belong to NumPy."""
+    if isinstance(x, np.ndarray | np.generic | int | float):
+        return np
+    import cupy
+
+    module: ModuleType = cupy.get_array_module(x)
+    return module
+
+
+def module_for(device: str) -> ModuleType:
+    """The array module of a device named in a configuration: ``"cpu"`` or ``"cuda"``."""
+    if device == "cpu":
+        return np
+    import cupy
+
+    module: ModuleType = cupy
+    return module
+
+
+def to_host(x: Array) -> np.ndarray[Any, Any]:
+    """``x`` as a NumPy array: itself if it is one, else a copy made after the work queued on its stream."""
+    return x if isinstance(x, np.ndarray) else np.asarray(x.get() if hasattr(x, "get") else x)

@@ -1,0 +1,58 @@
+"""The command line, ``hpcmp COMMAND ...``: one module a command, each imported at once but light until it runs."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import HpcmpError
+from . import common
+
+#: The commands, in the order of the help page: ``hpcmp.cli.NAME`` has ``register(subparsers)``.
+COMMANDS = ("doctor",)
+
+
+def parser() -> common.Parser:
+    """The parser of the whole command line."""
+    top = common.Parser(prog="hpcmp", description="Train and run transformers too large for one device, under mpirun or srun.")
+    top.add_argument("--version", action="version", version=f"hpcmp {__version__}")
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"{__name__}.{name}").register(subparsers)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` if None) and return its exit code, from ``common.EXIT_CODES``."""
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
+    warnings.filterwarnings("ignore", "suspicious MPI execution environment")  # hpcmp says it itself, and stops
+    with common.log_to_stderr():
+        try:
+            args = parser().parse_args(argv)
+            result = args.run(args)
+            code = int(result.get("exit_code", common.OK))
+            if common.rank() == 0:
+                if args.json:
+                    print(common.to_json(result | {"exit_code": code}))
+                elif show := getattr(args, "show", None):
+                    print(show(result))
+                sys.stdout.flush()
+            return code
+        except SystemExit as exit:  # --help and --version
+            return exit.code if isinstance(exit.code, int) else common.OK
+        except BrokenPipeError as error:
+            common.silence_stdout()
+            return common.fail(common.SIGNAL + signal.SIGPIPE, error, "", False)
+        except KeyboardInterrupt as error:
+            return common.fail(common.SIGNAL + signal.SIGINT, error, "hpcmp: error: interrupted", as_json)
+        except HpcmpError as error:
+            return common.fail(error.exit_code, error, f"hpcmp: error: {error}", as_json)
+        except Exception as error:
+            text = f"{traceback.format_exc()}hpcmp: error: internal error: {type(error).__name__}: {error}"
+            return common.fail(common.INTERNAL, error, text, as_json)

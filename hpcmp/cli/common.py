@@ -1,0 +1,131 @@
+"""What every command shares: its --json flag, the log, the exit codes, and how a job of many ranks ends on an error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from ..comm.detect import launcher
+from ..errors import InputError
+
+OK, FAILED, BAD_INPUT, INTERNAL, CONTINUE, SIGNAL = 0, 1, 2, 70, 75, 128
+
+#: The exit codes of every command; docs/exit-codes.md explains them.
+EXIT_CODES = {
+    "0": "success",
+    "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem",
+    "2": "bad input: one line on stderr names the file, key or flag",
+    "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
+    "75": "stopped at the time limit with a checkpoint: run it again to go on",
+    "128 + n": "ended by signal n: 130 after Ctrl-C, 143 after SIGTERM",
+}
+
+
+class UsageError(InputError):
+    """A command line that cannot be understood. Every rank has the same one, and finds out before MPI starts."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+#: The parent of every command's parser: ``subparsers.add_parser(name, parents=[common.parent], help=...)``, followed by
+#: ``set_defaults(run=...)``, a function from the arguments to the result object, and if it has something to say on a
+#: terminal ``set_defaults(show=...)``, from the result to text. A result's "exit_code", 0 if absent, ends the process.
+parent = Parser(add_help=False)
+parent.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout; logs go to stderr")
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Send the log of hpcmp to stderr: all of rank 0's, and the other ranks' warnings with their rank."""
+    started = launcher()
+    rank = started.rank if started else 0
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    log = logging.getLogger("hpcmp")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def to_json(value: Any) -> str:
+    """``value`` as JSON on one line: NumPy numbers as numbers, NaN and infinities as null, paths as text."""
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _world() -> tuple[int, int, Any]:
+    """This process's rank, how many there are, and the MPI module if MPI joins them: else what the launcher says."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
+        return mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, mpi
+    started = launcher()
+    return (started.rank, started.size, None) if started else (0, 1, None)
+
+
+def rank() -> int:
+    """This process's rank in the job. Rank 0 alone writes to stdout."""
+    return _world()[0]
+
+
+def fail(code: int, error: BaseException, text: str, as_json: bool) -> int:
+    """Say ``text`` on stderr once in the job, and end every rank with ``code``; returns it where there is no MPI to end.
+
+    An error is raised by all ranks or by some, and no rank can ask the others: they may wait in a collective. So each
+    waits its turn, rank 0 not at all, rank r about 1 + log2(r) / 2 seconds, then speaks and ends the job, which silences
+    those behind it: the lowest rank that has the error is heard, once, within seconds.
+
+    Before MPI joins the ranks nobody can end the job. Then rank 0 speaks, and after its turn the first rank of each other
+    host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends
+    the job at the first failed process has silenced the others by then, so under it every rank speaks after its turn.
+    """
+    rank, size, mpi = _world()
+    if rank > 0:
+        time.sleep(1 + math.log2(rank) / 2)
+    started = launcher()
+    heard = rank == 0 or mpi is not None or started is None or started.ends_job
+    if heard or (started.local_rank == 0 and not isinstance(error, UsageError)):
+        if text and rank > 0:
+            text = f"hpcmp: rank {rank} of {size} on host {socket.gethostname()}\n{text}"
+        if as_json and text:
+            print(to_json({"error": str(error), "exit_code": code}), flush=True)
+        if text:
+            sys.stderr.write(text.rstrip("\n") + "\n")  # in one write, so that ranks do not mix their lines
+            sys.stderr.flush()
+    if mpi is not None:
+        mpi.COMM_WORLD.Abort(code)
+    return code
+
+
+def silence_stdout() -> None:
+    """Let what is left in stdout's buffer go nowhere, after the reader of a pipe has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

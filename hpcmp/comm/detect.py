@@ -1,0 +1,194 @@
+"""What a process can tell about its job before, and without, a message: its launcher, its MPI, its share of the cores."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What started this process as one of ``size``; on its host it is ``local_rank`` of ``local_size``, where known."""
+
+    name: str
+    rank: int
+    size: int
+    local_rank: int | None = None
+    local_size: int | None = None
+
+    @property
+    def ends_job(self) -> bool:
+        """Whether the first process that exits with an error is the end of the others, MPI or no MPI."""
+        return self.name == "Open MPI"
+
+
+# The variables for rank, size, local rank and local size, and one more that must be set. The order matters: a launcher
+# that runs inside another's job step inherits the other's variables, and several set PMI_RANK.
+_LAUNCHERS = (
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+    ("MPICH Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_STEP_ID"),
+    ("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", ""),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE", ""),
+    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", ""),
+    ("a PMI launcher", "PMI_RANK", "PMI_SIZE", "", "", ""),
+)
+
+
+def launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
+    """The launcher of this process by its environment, or None for a process that was started alone."""
+    for name, rank, size, local_rank, local_size, mark in _LAUNCHERS:
+        numbers = [_number(environ.get(variable)) for variable in (rank, size, local_rank, local_size)]
+        if numbers[0] is None or numbers[1] is None or (mark and mark not in environ):
+            continue
+        if name == "srun":
+            numbers[3] = _srun_local_size(environ)
+        return Launcher(name, numbers[0], numbers[1], numbers[2], numbers[3])
+    return None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() else None
+
+
+def _srun_local_size(environ: Mapping[str, str]) -> int | None:
+    """This node's entry of SLURM_STEP_TASKS_PER_NODE, such as ``4(x2),3``: two nodes with 4 tasks, then one with 3."""
+    tasks: list[int] = []
+    for item in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        tasks += [int(match[1])] * int(match[2] or 1) if match else []
+    node = _number(environ.get("SLURM_NODEID"))
+    return tasks[node] if node is not None and node < len(tasks) else None
+
+
+def wrong_mpiexec(world_size: int) -> str | None:
+    """What to do when a launcher started several processes and each is alone in its ``COMM_WORLD``; None if all is well.
+
+    That is what the mpiexec of another MPI leads to: N runs of one rank, which overwrite each other's files.
+    """
+    started = launcher()
+    if started is None or started.size == 1 or world_size != 1:
+        return None
+    library = mpi_library()
+    problem = f"{started.name} started {started.size} processes, but each is a world of 1 rank for the MPI library in use"
+    if started.name == "srun":
+        advice = "start with `srun --mpi=pmix` (`srun --mpi=list` shows what there is), or with mpirun in the allocation"
+    elif own := _mpiexec(library):
+        advice = f"start with {own}"
+    else:
+        advice = "start with the mpiexec that belongs to this library"
+    return f"{problem} ({library or 'unknown'}): {advice}"
+
+
+def _mpiexec(library: Path | None) -> Path | None:
+    """The mpiexec installed with an MPI library: in ``bin`` beside or above the library's folder."""
+    places = [] if library is None else [folder / "bin" for folder in list(library.parents)[:3]]
+    names = (folder / name for folder in places for name in ("mpirun", "mpiexec"))
+    return next((path for path in names if os.access(path, os.X_OK)), None)
+
+
+def mpi_library() -> Path | None:
+    """The MPI library that this process has loaded."""
+    return _loaded(r"libmpi(_abi|_cray|_gnu_\d+|_ibm|_intel|_nvidia|ch)?\.so[.\d]*")
+
+
+def _loaded(name: str) -> Path | None:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {Path(line.split(maxsplit=5)[5]) for line in lines if line.count("/")}
+    return next((path for path in sorted(paths) if re.fullmatch(name, path.name)), None)
+
+
+def _function(library: Path | None, name: str) -> Any:
+    """A C function of a library that is loaded already, or None."""
+    if library is None:
+        return None
+    try:
+        return getattr(ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY), name, None)
+    except OSError:
+        return None
+
+
+def cuda_aware(mpi: Any, override: str = "auto") -> bool:
+    """Whether the MPI of the module ``mpi`` (``mpi4py.MPI``) takes pointers to GPU memory; to one that does not, they are fatal.
+
+    ``override`` ("yes" or "no") decides; then HPCMP_CUDA_AWARE; then the library: ``mpi_memory_alloc_kinds`` (MPI 4.1),
+    ``MPIX_Query_cuda_support`` (Open MPI, MPICH), ``MPIX_GPU_query_support`` (Cray, when MPICH_GPU_SUPPORT_ENABLED=1).
+    Raises InputError for another word in HPCMP_CUDA_AWARE.
+    """
+    word = override if override != "auto" else os.environ.get("HPCMP_CUDA_AWARE", "auto")
+    if word not in ("auto", "yes", "no"):
+        raise InputError(f"HPCMP_CUDA_AWARE={word}: expected yes, no or auto")
+    if word != "auto":
+        return word == "yes"
+    info = mpi.COMM_WORLD.Get_info()
+    kinds = info.Get("mpi_memory_alloc_kinds") or ""
+    info.Free()
+    if any(kind.split(":")[0].strip() == "cuda" for kind in kinds.split(",")):
+        return True
+    library = mpi_library()
+    if "CRAY" in mpi.Get_library_version().upper():
+        query, supported = _function(library, "MPIX_GPU_query_support"), ctypes.c_int(0)
+        enabled = os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1"
+        return bool(enabled and query and query(0, ctypes.byref(supported)) == 0 and supported.value)  # 0: CUDA
+    query = _function(library, "MPIX_Query_cuda_support")
+    return bool(query and query())
+
+
+@dataclass(frozen=True)
+class Share:
+    """The cores that a process may use, and the threads that its BLAS starts on them."""
+
+    cores: frozenset[int]
+    threads: int
+
+
+def share() -> Share:
+    """This process's share: its affinity mask, and the threads by its BLAS or by the environment."""
+    cores = frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset(range(os.cpu_count() or 1))
+    return Share(cores, _threads(len(cores)))
+
+
+def _threads(cores: int) -> int:
+    openblas = _loaded(r"lib(scipy_)?openblas.*\.so[.\d]*")
+    for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+        if function := _function(openblas, f"{prefix}openblas_get_num_threads{suffix}"):
+            return int(function())
+    if mkl := _function(_loaded(r"libmkl_rt\.so[.\d]*"), "MKL_Get_Max_Threads"):
+        return int(mkl())
+    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+    asked = (_number(os.environ.get(name, "").split(",")[0]) for name in names)  # OMP_NUM_THREADS may be a list
+    return next((number for number in asked if number), cores)
+
+
+def oversubscription(local_size: int, shares: Sequence[Share] | None = None) -> str | None:
+    """A warning when the threads of the ``local_size`` ranks of this host outnumber its cores; else None.
+
+    ``shares`` of all these ranks make it exact. Without them, ranks are taken to share this rank's cores, unless the
+    host has enough for every rank to own as many.
+    """
+    mine = share()
+    if shares is None:
+        shares = [mine] * local_size
+        own = local_size * len(mine.cores) <= (os.cpu_count() or 1)
+        cores = len(mine.cores) * (local_size if own else 1)
+    else:
+        cores = len(frozenset().union(*(s.cores for s in shares)))
+    threads = sum(s.threads for s in shares)
+    if threads <= cores:
+        return None
+    per_rank = max(1, cores // local_size)
+    return (
+        f"{threads} threads of {local_size} ranks share {cores} cores: set OMP_NUM_THREADS={per_rank}"
+        + (f" and start at most {cores} ranks" if local_size > cores else "")
+    )

@@ -1,0 +1,57 @@
+"""Kernels for NumPy arrays: the reference, and what is worth overriding.
+
+NumPy makes a pass over memory for every operation. The overrides do the same operations on blocks that stay in the
+second-level cache, into buffers that are used again, and so differ from the reference in rounding at most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import reference
+from .reference import *  # noqa: F403
+
+_BLOCK = 1 << 15  # elements of a block: with a few temporaries of it, about the second-level cache
+
+
+def square_sum(x: NDArray[np.floating]) -> float:
+    """See ``reference.square_sum``."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    total = 0.0
+    for a in range(0, flat.size, _BLOCK):
+        block = flat[a : a + _BLOCK].astype(np.float64)
+        total += float(block @ block)
+    return total
+
+
+def gelu(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """See ``reference.gelu``."""
+    y = np.empty(x.shape, x.dtype)
+    source, target = np.ascontiguousarray(x).reshape(-1), y.reshape(-1)
+    for a in range(0, target.size, _BLOCK):
+        target[a : a + _BLOCK] = reference.gelu(source[a : a + _BLOCK])
+    return y
+
+
+def gelu_backward(dy: NDArray[np.floating], x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """See ``reference.gelu_backward``."""
+    dx = np.empty(x.shape, x.dtype)
+    given, source, target = np.ascontiguousarray(dy).reshape(-1), np.ascontiguousarray(x).reshape(-1), dx.reshape(-1)
+    for a in range(0, target.size, _BLOCK):
+        b = a + _BLOCK
+        target[a:b] = reference.gelu_backward(given[a:b], source[a:b])
+    return dx
+
+
+def adamw(
+    data: NDArray[np.floating],
+    grad: NDArray[np.floating],
+    m: NDArray[np.floating],
+    v: NDArray[np.floating],
+    **settings: float,
+) -> None:
+    """See ``reference.adamw``."""
+    for a in range(0, data.size, _BLOCK):
+        b = a + _BLOCK
+        reference.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], **settings)  # type: ignore[arg-type]

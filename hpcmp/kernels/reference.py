@@ -1,0 +1,248 @@
+"""Every kernel, plainly, in NumPy-API code: the specification. Runs on NumPy and CuPy arrays.
+
+Shapes: s sequence, b batch, h hidden, n query heads, k key-value heads, d head size, f feed-forward width, v vocabulary
+rows; a leading ``...`` is any shape. Every result has the dtype of its first argument.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..arrays import Array, array_module
+
+_GELU_A, _GELU_C = math.sqrt(2 / math.pi), 0.044715
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """y = x w. x (..., i), w (i, o), y (..., o)."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def matmul_transposed(dy: Array, w: Array) -> Array:
+    """dx = dy w^T. dy (..., o), w (i, o), dx (..., i)."""
+    return matmul(dy, w.T)
+
+
+def add_outer(grad: Array, x: Array, dy: Array) -> None:
+    """grad += x^T dy, in place: the gradient of ``matmul`` with respect to w."""
+    grad += x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+
+
+def gelu(x: Array) -> Array:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Hendrycks and Gimpel, 2016, the tanh form that GPT-2 uses."""
+    xp = array_module(x)
+    return 0.5 * x * (1 + xp.tanh(_GELU_A * x * (1 + _GELU_C * x * x)))
+
+
+def gelu_backward(dy: Array, x: Array) -> Array:
+    """dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 * 0.044715 x^2)), t the tanh of the forward."""
+    xp = array_module(x)
+    t = xp.tanh(_GELU_A * x * (1 + _GELU_C * x * x))
+    return 0.5 * dy * (1 + t + x * (1 - t * t) * _GELU_A * (1 + 3 * _GELU_C * x * x))
+
+
+def swiglu(x: Array) -> Array:
+    """y = g sigmoid(g) u. x (..., 2, f) holds gate g and up u; y (..., f). Shazeer, "GLU variants", 2020."""
+    xp = array_module(x)
+    gate, up = x[..., 0, :], x[..., 1, :]
+    return gate / (1 + xp.exp(-gate)) * up
+
+
+def swiglu_backward(dy: Array, x: Array) -> Array:
+    """dg = dy u s (1 + g (1 - s)), du = dy g s, with s = sigmoid(g); stacked as x is."""
+    xp = array_module(x)
+    gate, up = x[..., 0, :], x[..., 1, :]
+    s = 1 / (1 + xp.exp(-gate))
+    return xp.stack([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], -2)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """y = (x - mean) r w + b, r = 1/sqrt(var + epsilon), over the last axis; (y, mean, r). Ba, Kiros, Hinton, 2016."""
+    xp = array_module(x)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    rstd = 1 / xp.sqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+    return centred * rstd * weight + bias, mean, rstd
+
+
+def layer_norm_backward(dy: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> Array:
+    """dx = r (g - mean(g) - z mean(g z)), g = dy w, z = (x - mean) r."""
+    normalised = (x - mean) * rstd
+    g = dy * weight
+    return rstd * (g - g.mean(-1, keepdims=True) - normalised * (g * normalised).mean(-1, keepdims=True))
+
+
+def layer_norm_backward_weight(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
+    """dw = sum dy z, db = sum dy, over all axes but the last."""
+    rows = tuple(range(dy.ndim - 1))
+    return (dy * ((x - mean) * rstd)).sum(rows), dy.sum(rows)
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> tuple[Array, Array]:
+    """y = x r w, r = 1/sqrt(mean(x^2) + epsilon), over the last axis; (y, r). Zhang and Sennrich, 2019."""
+    xp = array_module(x)
+    rstd = 1 / xp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    return x * rstd * weight, rstd
+
+
+def rms_norm_backward(dy: Array, x: Array, weight: Array, rstd: Array) -> Array:
+    """dx = r (g - z mean(g z)), g = dy w, z = x r."""
+    normalised = x * rstd
+    g = dy * weight
+    return rstd * (g - normalised * (g * normalised).mean(-1, keepdims=True))
+
+
+def rms_norm_backward_weight(dy: Array, x: Array, rstd: Array) -> Array:
+    """dw = sum dy z, over all axes but the last."""
+    return (dy * (x * rstd)).sum(tuple(range(dy.ndim - 1)))
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the pairs (x_i, x_{i + d/2}) by the angle of their position: y = (a cos - b sin, b cos + a sin).
+
+    x (s, b, n, d), cos and sin (s, 1, 1, d/2). The adjoint is the rotation by the opposite angle, ``sin`` negated.
+    Su et al., "RoFormer", 2021, with the halves paired as Llama has them.
+    """
+    xp = array_module(x)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attention(
+    q: Array, k: Array, v: Array, scale: float, keep: Array | None = None
+) -> tuple[Array, Array]:
+    """Causal attention of grouped heads: o = (P * keep) v, P = softmax(scale q k^T) over the keys up to the query's own.
+
+    q (s, b, n, d), k and v (s, b, k, d); query head i reads key-value head i // (n/k). keep, if given, holds the dropout
+    mask already divided by 1 - rate, (b, n, s, s). Returns o, shaped as q, and the log-sum-exp of each row of scores,
+    (b, k, n/k, s), from which backward makes P again: nothing of size s x s is kept. Vaswani et al., 2017; Ainslie et
+    al., "GQA", 2023; the recomputation is that of Dao et al., "FlashAttention", 2022, section 3.1.
+    """
+    xp = array_module(q)
+    scores = _scores(q, k, scale)
+    top = scores.max(-1, keepdims=True)
+    p = xp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    p /= total
+    if keep is not None:
+        p *= keep.reshape(p.shape)
+    o = p @ _grouped(v, v.shape[2])
+    return _ungrouped(o), (top + xp.log(total))[..., 0]
+
+
+def attention_backward(
+    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, scale: float, keep: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """dv = (P keep)^T do, dS = P (keep (do v^T) - rowsum(do o)), dq = scale dS k, dk = scale dS^T q."""
+    xp = array_module(q)
+    groups = k.shape[2]
+    p = xp.exp(_scores(q, k, scale) - lse[..., None])
+    dog, qg = _grouped(do, groups), _grouped(q, groups)
+    dp = dog @ _grouped(v, groups).swapaxes(-1, -2)
+    dropped = p
+    if keep is not None:
+        keep = keep.reshape(p.shape)
+        dropped, dp = p * keep, dp * keep
+    dv = dropped.swapaxes(-1, -2) @ dog
+    ds = p * (dp - (dog * _grouped(o, groups)).sum(-1, keepdims=True))
+    ds *= scale
+    dq, dk = ds @ _grouped(k, groups), ds.swapaxes(-1, -2) @ qg
+    return _ungrouped(dq), _ungrouped(dk.sum(2, keepdims=True)), _ungrouped(dv.sum(2, keepdims=True))
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """(s, b, n, d) -> (b, groups, n/groups, s, d), without a copy."""
+    s, b, n, d = x.shape
+    return x.reshape(s, b, groups, n // groups, d).transpose(1, 2, 3, 0, 4)
+
+
+def _ungrouped(x: Array) -> Array:
+    b, groups, g, s, d = x.shape
+    return x.transpose(3, 0, 1, 2, 4).reshape(s, b, groups * g, d)
+
+
+def _scores(q: Array, k: Array, scale: float) -> Array:
+    """scale q k^T with -inf at the keys after the query's own position."""
+    xp = array_module(q)
+    groups, s = k.shape[2], q.shape[0]
+    scores = _grouped(q * q.dtype.type(scale), groups) @ _grouped(k, groups).swapaxes(-1, -2)
+    scores += xp.where(xp.tri(s, dtype=bool), 0, -xp.inf).astype(q.dtype)
+    return scores
+
+
+def embedding(table: Array, ids: Array, first: int) -> Array:
+    """y = table[ids - first], zero where the row lies elsewhere. table (rows, h), ids (...), y (..., h)."""
+    xp = array_module(table)
+    row = ids - first
+    here = (row >= 0) & (row < table.shape[0])
+    if table.shape[0] == 0:
+        return xp.zeros((*ids.shape, table.shape[1]), table.dtype)
+    y = table[xp.where(here, row, 0)]
+    y[~here] = 0
+    return y
+
+
+def embedding_backward_weight(grad: Array, ids: Array, first: int, dy: Array) -> None:
+    """grad[ids - first] += dy, in place, for the rows that are here."""
+    xp = array_module(grad)
+    row = (ids - first).reshape(-1)
+    here = (row >= 0) & (row < grad.shape[0])
+    xp.add.at(grad, row[here], dy.reshape(-1, dy.shape[-1])[here])
+
+
+def row_max(x: Array) -> Array:
+    """m = max over the last axis, which may be empty (-inf)."""
+    xp = array_module(x)
+    return x.max(-1) if x.shape[-1] else xp.full(x.shape[:-1], -xp.inf, x.dtype)
+
+
+def cross_entropy_parts(logits: Array, targets: Array, first: int, top: Array) -> tuple[Array, Array]:
+    """(sum_j exp(x_j - top), x_target - top or zero if the target's column lies elsewhere). logits (..., v)."""
+    xp = array_module(logits)
+    shifted = logits - top[..., None]
+    column = targets - first
+    here = (column >= 0) & (column < logits.shape[-1])
+    if logits.shape[-1] == 0:
+        return xp.zeros(top.shape, logits.dtype), xp.zeros(top.shape, logits.dtype)
+    chosen = xp.take_along_axis(shifted, xp.where(here, column, 0)[..., None], -1)[..., 0]
+    return xp.exp(shifted).sum(-1), xp.where(here, chosen, 0).astype(logits.dtype)
+
+
+def cross_entropy_backward(scale: Array, logits: Array, targets: Array, first: int, lse: Array) -> Array:
+    """dx = scale (exp(x - lse) - [column is the target]). scale and lse (...): a zero scale ignores a position."""
+    xp = array_module(logits)
+    dx = xp.exp(logits - lse[..., None])
+    column = (targets - first).reshape(-1)
+    rows = xp.nonzero((column >= 0) & (column < logits.shape[-1]))[0]
+    dx.reshape(-1, dx.shape[-1])[rows, column[rows]] -= 1
+    dx *= scale[..., None]
+    return dx
+
+
+def square_sum(x: Array) -> float:
+    """sum x^2, accumulated in float64."""
+    xp = array_module(x)
+    return float(xp.square(x, dtype="float64").sum()) if x.size else 0.0
+
+
+def adamw(
+    data: Array, grad: Array, m: Array, v: Array, *, step: int, rate: float, betas: tuple[float, float], epsilon: float,
+    decay: float, grad_scale: float,
+) -> None:  # fmt: skip
+    """One step of AdamW, in place on flat arrays; g = grad_scale * grad.
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,
+    data <- data - rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + decay data)
+
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
+    """
+    xp = array_module(data)
+    b1, b2 = betas
+    g = grad * data.dtype.type(grad_scale)
+    m *= b1
+    m += (1 - b1) * g
+    v *= b2
+    v += (1 - b2) * g * g
+    update = m / (1 - b1**step) / (xp.sqrt(v / (1 - b2**step)) + epsilon)
+    data -= rate * (update + decay * data)

@@ -1,0 +1,54 @@
+"""Token and position embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import kernels
+from ..arrays import Array
+from ..module import Initial, Module, Parameter
+from ..wgrad import WGrad
+from .parallel import TensorParallel
+
+
+class VocabularyParallelEmbedding(Module):
+    """``leave(one_hot(tokens) E)`` with E (vocabulary, h) sharded over its rows, evenly or not.
+
+    tokens (S, batch), integers -> y (s, batch, h): each rank looks up the rows it holds, the rest is zero, and leaving
+    sums (exactly: every sum has one term that is not zero). Tokens get no gradient.
+    """
+
+    def __init__(self, parallel: TensorParallel, table: Parameter) -> None:
+        self.leave = parallel.leave
+        self.table = table
+        self.first = table.index[0].start
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        return self.leave(kernels.of(self.table.data).embedding(self.table.data, x, self.first)), x
+
+    def backward(self, dy: Array, saved: Array, wgrad: WGrad) -> None:
+        wgrad(self.backward_weight, saved, self.leave.T(dy))
+
+    def backward_weight(self, tokens: Array, dy: Array) -> None:
+        """dE[token] += dy for the rows that are here."""
+        kernels.of(dy).embedding_backward_weight(self.table.grad, tokens, self.first, dy)
+
+
+class LearnedPositions(Module):
+    """y = x + P[position]. P (sequence, h) is whole on every rank; x (s, batch, h) may be a shard of the sequence."""
+
+    def __init__(self, parallel: TensorParallel, sequence: int, hidden: int, initial: Initial | None = None) -> None:
+        self.parallel = parallel
+        self.weight = parallel.replicated(sequence, hidden, initial=initial)
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        here = self.parallel.positions()
+        return x + self.weight.data[here, None], here
+
+    def backward(self, dy: Array, saved: slice, wgrad: WGrad) -> Array:
+        wgrad(self.backward_weight, saved, dy)
+        return dy
+
+    def backward_weight(self, here: slice, dy: Array) -> None:
+        """dP[position] += sum over the batch of dy."""
+        self.weight.grad[here] += dy.sum(1)

@@ -1,0 +1,161 @@
+"""Linear, and its column- and row-parallel forms with the communication overlapped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .. import kernels
+from ..arrays import Array
+from ..module import Initial, Module, Parameter, constant
+from ..wgrad import WGrad
+from .parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of a column-parallel linear: its feature ``shape``, of which ``axis`` is sharded.
+
+    part and owned: the share of the axis that this rank holds and owns (an even share, by default); overlaps: whether
+    the shares of different ranks overlap.
+    """
+
+    shape: tuple[int, ...]
+    axis: int = 0
+    part: slice | None = None
+    owned: slice | None = None
+    overlaps: bool = False
+
+
+class ColumnParallelLinear(Module):
+    """``Sequential(enter, Linear)``, overlapped: Y = X W + b, each rank making its columns of Y.
+
+    x (s, batch, h): a shard of the sequence, or the whole (see ``TensorParallel``). Several outputs share one entry:
+    the result is then a tuple, one array (S, batch, *shape) per output. Weights are (h, *shape), biases (*shape,).
+    The backward re-enters x (keeping only the shard), starts the exit of dX, and computes dW under it.
+    """
+
+    def __init__(
+        self,
+        parallel: TensorParallel,
+        features: int,
+        outputs: dict[str, Output],
+        *,
+        bias: bool = False,
+        initial: Initial | None = None,
+    ) -> None:
+        self.enter = parallel.enter
+        self.weights: dict[str, Parameter] = {}
+        self.biases: dict[str, Parameter] = {}
+        for name, o in outputs.items():
+            shard: dict[str, Any] = {"part": o.part, "owned": o.owned, "overlaps": o.overlaps}
+            self.weights[name] = parallel.sharded(features, *o.shape, axis=1 + o.axis, initial=initial, **shard)
+            if bias:
+                self.biases[f"{name}_bias"] = parallel.sharded(
+                    *o.shape, axis=o.axis, initial=constant(0), decay=False, **shard
+                )
+
+    def forward(self, x: Array) -> tuple[Any, Array]:
+        whole = self.enter(x)
+        k = kernels.of(x)
+        ys = []
+        for name, weight in self.weights.items():
+            y = k.matmul(whole, matrix(weight.data, 1))
+            if self.biases:
+                y += self.biases[f"{name}_bias"].data.reshape(-1)
+            ys.append(y.reshape(*whole.shape[:-1], *weight.data.shape[1:]))
+        return ys[0] if len(ys) == 1 else tuple(ys), x
+
+    def backward(self, dy: Any, x: Array, wgrad: WGrad) -> Array:
+        whole = self.enter.start(x)  # with sequence parallelism, under the GEMM of dX
+        k = kernels.of(x)
+        dys = (dy,) if len(self.weights) == 1 else dy
+        flat = [matrix(d, x.ndim - 1, keep=True) for d in dys]
+        dx = None
+        for d, weight in zip(flat, self.weights.values(), strict=True):
+            part = k.matmul_transposed(d, matrix(weight.data, 1))
+            dx = part if dx is None else dx + part
+        leaving = self.enter.T.start(dx)
+        wgrad(self.backward_weight, whole.wait(), flat)  # hides the exit of dX
+        return leaving.wait()
+
+    def backward_weight(self, x: Array, dys: list[Array]) -> None:
+        """dW += X^T dY, db += sum dY."""
+        k = kernels.of(x)
+        for dy, (name, weight) in zip(dys, self.weights.items(), strict=True):
+            k.add_outer(matrix(weight.grad, 1), x, dy)
+            if self.biases:
+                grad = self.biases[f"{name}_bias"].grad
+                grad += dy.reshape(-1, dy.shape[-1]).sum(0).reshape(grad.shape)
+
+
+class RowParallelLinear(Module):
+    """``Sequential(Linear, leave)``: Y = sum_r X_r W_r + b, each rank holding the rows of W for its columns of X.
+
+    x (S, batch, *shape) with ``axis`` of ``shape`` sharded; W (*shape, h); y (s, batch, h): a shard of the sequence, or
+    the whole. b is added once, after the sum.
+    """
+
+    def __init__(
+        self,
+        parallel: TensorParallel,
+        shape: tuple[int, ...],
+        features: int,
+        *,
+        axis: int = 0,
+        bias: bool = False,
+        initial: Initial | None = None,
+    ) -> None:
+        self.leave = parallel.leave
+        self.weight = parallel.sharded(*shape, features, axis=axis, initial=initial)
+        self.bias = parallel.replicated(features, initial=constant(0), decay=False) if bias else None
+        self.rank = len(shape)
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        flat = matrix(x, x.ndim - self.rank, keep=True)
+        y = self.leave(kernels.of(x).matmul(flat, matrix(self.weight.data, self.rank)))
+        return y if self.bias is None else y + self.bias.data, x
+
+    def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
+        whole = self.leave.T(dy)
+        dx = kernels.of(x).matmul_transposed(whole, matrix(self.weight.data, self.rank))
+        wgrad(self.backward_weight, x, whole, dy)
+        return dx.reshape(x.shape)
+
+    def backward_weight(self, x: Array, whole: Array, dy: Array) -> None:
+        """dW += X^T dY; db += sum of this rank's own dY."""
+        flat = matrix(x, x.ndim - self.rank, keep=True)
+        kernels.of(x).add_outer(matrix(self.weight.grad, self.rank), flat, whole)
+        if self.bias is not None:
+            self.bias.grad += dy.reshape(-1, dy.shape[-1]).sum(0)
+
+
+class ParallelHead(Module):
+    """Vocabulary-parallel logits: ``Sequential(enter, x -> x E^T)`` with E (vocabulary, h) sharded over its rows.
+
+    x (s, batch, h) -> logits (S, batch, v), v this rank's rows. E may be the embedding's own table (tied weights).
+    """
+
+    def __init__(self, parallel: TensorParallel, table: Parameter) -> None:
+        self.enter = parallel.enter
+        self.table = table
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        return kernels.of(x).matmul_transposed(self.enter(x), self.table.data), x
+
+    def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
+        whole = self.enter.start(x)
+        leaving = self.enter.T.start(kernels.of(x).matmul(dy, self.table.data))
+        wgrad(self.backward_weight, whole.wait(), dy)
+        return leaving.wait()
+
+    def backward_weight(self, x: Array, dy: Array) -> None:
+        """dE += dY^T X."""
+        kernels.of(x).add_outer(self.table.grad, dy, x)
+
+
+def matrix(x: Array, axes: int, keep: bool = False) -> Array:
+    """``x`` with its first ``axes`` axes made one (or kept as they are) and the rest made one; sizes may be zero."""
+    columns = math.prod(x.shape[axes:])
+    return x.reshape(*x.shape[:axes], columns) if keep else x.reshape(math.prod(x.shape[:axes]), columns)

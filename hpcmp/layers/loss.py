@@ -1,0 +1,41 @@
+"""The loss over logits whose vocabulary is sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import kernels
+from ..arrays import Array, array_module
+from ..comm.base import Communicator
+from ..module import Module
+from ..wgrad import WGrad
+from .parallel import TensorParallel
+
+
+class VocabularyParallelCrossEntropy(Module):
+    """L = sum over positions of (log sum_j exp(x_j) - x_target), x the logits, in nats.
+
+    x = (logits (S, batch, v), targets (S, batch)): v is this rank's share of a vocabulary of any size, targets are
+    whole-vocabulary integers; a negative target is ignored. The result is a float64 scalar, the same on every rank of
+    tp; the caller divides by the number of tokens, by passing 1/tokens as ``dy``. Two collectives of S x batch numbers:
+    the maximum, then the sums. Shoeybi et al., "Megatron-LM", 2019, section 3.
+    """
+
+    def __init__(self, parallel: TensorParallel, vocabulary: int) -> None:
+        self.tp: Communicator = parallel.tp
+        self.first = self.tp.part(vocabulary).start
+
+    def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
+        logits, targets = x
+        k, xp = kernels.of(logits), array_module(logits)
+        top = self.tp.all_reduce(k.row_max(logits), "max").wait()
+        parts = xp.stack(k.cross_entropy_parts(logits, targets, self.first, top))
+        total, chosen = self.tp.all_reduce(parts).wait()
+        lse = xp.log(total)
+        loss = xp.where(targets >= 0, lse - chosen, 0).sum(dtype="float64")
+        return loss, (logits, targets, top + lse)
+
+    def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> tuple[Array, None]:
+        logits, targets, lse = saved
+        scale = (targets >= 0) * logits.dtype.type(dy)
+        return kernels.of(logits).cross_entropy_backward(scale, logits, targets, self.first, lse), None

@@ -1,0 +1,1 @@
+"""Models: compositions of layers, with no backward of their own."""

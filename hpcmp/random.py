@@ -1,0 +1,99 @@
+"""Random numbers by global index: the same numbers on every layout.
+
+A number is a pure function of *where* it stands, never of what was drawn before it:
+
+    word(key, i, j, c, e) = Philox4x32-10(counter = (i, j, c // 4, e), key)[c mod 4]
+
+``i``, ``j`` name a row (32 bits each), ``c`` the column within it and ``e`` a further index (an attention head). A
+rank that holds a slab of an array evaluates the function on its slab alone and gets what the serial run has there.
+Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from types import ModuleType
+
+import numpy as np
+
+from .arrays import Array
+
+_MULTIPLIER = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_CHUNK = 1 << 14  # counter blocks worked on at once: small enough for the second-level cache
+
+
+def key(seed: int, *names: object) -> tuple[int, int]:
+    """A 64-bit key, as two 32-bit words, from a seed and any names (a parameter's name; a layer's name and a step)."""
+    text = "/".join(str(name) for name in (seed, *names))
+    word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return word & _LOW, word >> 32
+
+
+def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+    """Philox4x32-10: four words from four counter words and two key words; all hold 32-bit values in ``uint64``."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    shift, low = np.uint64(32), np.uint64(_LOW)
+    m0, m1 = (np.uint64(m) for m in _MULTIPLIER)
+    for _ in range(10):
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def bits(key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np) -> Array:
+    """The 32-bit words of some rows and a range of columns.
+
+    ``i``, ``j`` and ``extra`` are integer arrays that broadcast to the shape of the rows; the result is a ``uint32``
+    array of that shape with a last axis of ``columns.stop - columns.start`` words.
+    """
+    i, j, e = xp.broadcast_arrays(*(xp.asarray(v, dtype=np.uint64) for v in (i, j, extra)))
+    width = columns.stop - columns.start
+    first, last = columns.start // 4, -(-columns.stop // 4)
+    block = xp.arange(first, last, dtype=np.uint64)
+    rows = [v.reshape(-1, 1) for v in (i, j, e)]
+    out = xp.empty((rows[0].shape[0], width), np.uint32)
+    step = max(1, _CHUNK // max(1, last - first))
+    for a in range(0, out.shape[0], step):
+        ci, cj, ce = (v[a : a + step] for v in rows)
+        n = ci.shape[0]
+        words = xp.empty((n, last - first, 4), np.uint32)
+        for lane, word in enumerate(philox((ci, cj, block, ce), key)):
+            words[..., lane] = word
+        out[a : a + n] = words.reshape(n, -1)[:, columns.start - 4 * first : columns.stop - 4 * first]
+    return out.reshape(*i.shape, width)
+
+
+def normal(key: tuple[int, int], i: Array, j: Array, columns: slice, xp: ModuleType = np) -> Array:
+    """Standard normal numbers in float64, by Box and Muller: columns 2m and 2m + 1 share words 2m and 2m + 1.
+
+    n_{2m} = r cos t,  n_{2m+1} = r sin t,  r = sqrt(-2 ln u_{2m}),  t = 2 pi u_{2m+1},  u = (word + 1/2) / 2^32
+    """
+    wide = slice(columns.start - columns.start % 2, columns.stop + columns.stop % 2)
+    words = bits(key, i, j, wide, xp=xp)
+    out = xp.empty((*words.shape[:-1], words.shape[-1] // 2, 2))
+    uniform = (words.reshape(out.shape) + 0.5) * 2.0**-32
+    radius, angle = xp.sqrt(-2 * xp.log(uniform[..., 0])), 2 * np.pi * uniform[..., 1]
+    out[..., 0], out[..., 1] = radius * xp.cos(angle), radius * xp.sin(angle)
+    skip = columns.start - wide.start
+    return out.reshape(words.shape)[..., skip : skip + columns.stop - columns.start]
+
+
+def normal_slab(
+    key: tuple[int, int], shape: tuple[int, ...], index: tuple[slice, ...], xp: ModuleType = np
+) -> Array:
+    """The part ``index`` of an array of standard normal numbers of global ``shape``; rows are its leading axes."""
+    row = xp.zeros((), np.uint64)
+    for n, s in zip(shape[:-1], index[:-1], strict=True):
+        row = row[..., None] * np.uint64(n) + xp.arange(s.start, s.stop, dtype=np.uint64)
+    return normal(key, row & np.uint64(_LOW), row >> np.uint64(32), index[-1], xp)
+
+
+def keep_mask(
+    rate: float, key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np
+) -> Array:
+    """A dropout mask: true with probability ``1 - rate`` (to within 2^-32), by global index."""
+    return bits(key, i, j, columns, extra, xp) >= np.uint32(min(round(rate * 2**32), _LOW))

@@ -1,0 +1,1 @@
+"""The training run: configuration, trainer, metrics and time limits."""

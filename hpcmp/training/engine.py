@@ -1,0 +1,145 @@
+"""Engine: a model on a mesh, ready to step. The trainer, ``verify`` and a user's own loop all drive this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import partition
+from ..arrays import array_module, module_for, to_host
+from ..comm.mesh import Mesh
+from ..cursor import Cursor, Place
+from ..layers.loss import VocabularyParallelCrossEntropy
+from ..layers.parallel import TensorParallel
+from ..models.transformer import Architecture, Stage, build
+from ..optim.adamw import AdamW
+from ..optim.rate import warmup_cosine
+from ..parallel.buckets import Buckets
+from ..parallel.pipeline import Microbatch, Pipeline
+from ..parallel.schedules import SCHEDULES
+from .config import Config
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step did, the same on every rank: the mean loss in nats a token, the gradient's norm before clipping, the
+    learning rate, and whether any rank asked to stop."""
+
+    loss: float
+    norm: float
+    rate: float
+    stop: bool
+
+
+class Engine:
+    """One optimizer step at a time on any layout; every layout gives the same numbers.
+
+    config must be resolved, with the vocabulary known and ``layout`` equal to the mesh. Each rank holds its pipeline
+    stage's and its tensor-parallel rank's share of the parameters, gradients and moments.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        layout, train = config.layout, config.train
+        self.architecture = architecture(config)
+        self.xp = module_for(train.device)
+        self.cursor = Cursor(train.seed)
+        self.parallel = TensorParallel(mesh["tp"], self.cursor, sequence=bool(layout.sequence_parallel))
+        pp = mesh["pp"]
+        self.stage = build(
+            self.architecture, self.parallel, Stage(pp.rank, pp.size), recompute=layout.recompute
+        )
+        self.buckets = Buckets(self.stage, mesh, size=layout.bucket_mb * 2**20, dtype=train.dtype, xp=self.xp)
+        self.stage.initialise(train.seed, train.dtype, self.xp)
+        o = config.optimizer
+        self.optimizer = AdamW(
+            self.buckets, betas=o.betas, epsilon=o.epsilon, weight_decay=o.weight_decay, clip=o.clip
+        )
+        loss = VocabularyParallelCrossEntropy(self.parallel, self.architecture.vocabulary)
+        self.pipeline = Pipeline(
+            self.stage, loss, pp, SCHEDULES[layout.schedule], self.cursor, self._shape, self.xp.empty(0, train.dtype)
+        )
+
+    @property
+    def share(self) -> slice:
+        """The samples of the global batch that this rank's data-parallel replica takes."""
+        return self.mesh["dp"].part(self.config.train.batch)
+
+    def microbatches(self, samples: int | None = None) -> int:
+        """How many microbatches a replica with ``samples`` samples (by default the largest share) cuts them into.
+
+        Without ``train.microbatch``: one, or with a pipeline four a stage as far as there are samples for them.
+        """
+        dp, pp = self.mesh["dp"].size, self.mesh["pp"].size
+        samples = samples or -(-self.config.train.batch // dp)
+        size = self.config.train.microbatch
+        if size is None:
+            return 1 if pp == 1 else min(samples, 4 * pp)
+        return -(-samples // size)
+
+    def step(
+        self, step: int, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], stop: bool = False
+    ) -> Result:
+        """Optimizer step number ``step`` on a global batch, of which this replica passes its ``share``.
+
+        inputs, targets: (S, samples) integers; samples: each one's index within the global batch. The loss is the mean
+        over all positions of the global batch, the gradient that of this mean. Collective over the mesh.
+        """
+        o = self.config.optimizer
+        self.buckets.zero()
+        scale = 1 / (self.config.train.batch * inputs.shape[0])
+        total = self.pipeline.step(self._cut(step, inputs, targets, samples, True), scale, self.buckets.ready)
+        self.buckets.finish()
+        assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
+        rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
+        norm = self.optimizer.step(rate)
+        loss, stops = self._sum(float(to_host(total)) * scale, float(stop))
+        return Result(loss, norm, rate, stops > 0)
+
+    def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
+        """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
+        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, False))
+        return self._sum(float(to_host(total)) / (batch * inputs.shape[0]))[0]
+
+    def _sum(self, *values: float) -> list[float]:
+        """Sums over replicas and stages (of which only the last has a loss), the same on every rank."""
+        return [float(v) for v in self.mesh["dp", "pp"].all_reduce(np.array(values)).wait()]
+
+    def _cut(
+        self, step: int, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], training: bool
+    ) -> list[Microbatch]:
+        """This replica's samples in microbatches, as even as can be; some may be empty where shares are uneven."""
+        largest = None if training else len(samples)
+        made = []
+        for s in partition.split(len(samples), self.microbatches(largest)):
+            place = Place(step, samples[s], inputs.shape[0], training)
+            first, last = self.pipeline.first, self.pipeline.last
+            made.append(
+                Microbatch(
+                    self.xp.asarray(inputs[:, s]) if first else None,
+                    self.xp.asarray(targets[:, s]) if last else None,
+                    place,
+                )
+            )
+        return made
+
+    def _shape(self, place: Place) -> tuple[int, ...]:
+        """The shape of an activation between stages."""
+        assert place.samples is not None
+        length = self.parallel.tp.part(place.length) if self.parallel.sequence else slice(0, place.length)
+        return length.stop - length.start, len(place.samples), self.architecture.hidden
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock read next tells the truth."""
+        if array_module(self.buckets.buckets[0].data if self.buckets.buckets else 0) is not np:
+            self.xp.cuda.get_current_stream().synchronize()
+
+
+def architecture(config: Config) -> Architecture:
+    """The mathematics of a resolved configuration's model."""
+    m = config.model
+    fields = {name: getattr(m, name) for name in Architecture.__dataclass_fields__}
+    return Architecture(**fields)

@@ -1,0 +1,194 @@
+"""Proof that a layout gives the serial model's numbers: loss, gradient norm, every gradient and every weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import to_host
+from ..comm.mesh import Mesh
+from ..errors import InputError
+from ..module import Index, Parameter
+from .config import Config, Layout
+from .engine import Engine
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+#: (config, share of the global batch) -> for each step: inputs, targets (S, samples) and samples' indices
+Source = Callable[[int, slice], tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]]
+
+
+@dataclass
+class Difference:
+    """How far one parameter is from the serial model's, over all steps: the largest relative differences.
+
+    gradient: max |g - g'| / max(max |g'|, 1e-3 G), G the largest gradient of the model, so that a gradient which is zero
+    but for rounding is not compared with itself; weight: max |w - w'| / max(max |w'|, 1e-1 W), likewise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    gradient: float = 0.0
+    weight: float = 0.0
+
+
+@dataclass
+class Report:
+    """The outcome for one layout."""
+
+    layout: str
+    ranks: int
+    parameters: list[Difference] = field(default_factory=list)
+    loss: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The largest of all differences; infinite if anything is not a number."""
+        values = [self.loss, self.norm, *(v for p in self.parameters for v in (p.gradient, p.weight))]
+        return max((v if math.isfinite(v) else math.inf for v in values), default=math.inf)
+
+
+@dataclass
+class _Serial:
+    """What rank 0 keeps of the serial run."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    weights: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+
+
+def verify(
+    config: Config, comm: MPI.Intracomm | None, layouts: list[Layout], source: Source, *, steps: int = 2
+) -> list[Report]:
+    """Step the serial model and each layout ``steps`` times, optimizer included, and compare all.
+
+    Rank 0 runs the serial model; each layout runs on the first ranks of ``comm``. Serial arrays are broadcast one
+    parameter at a time, so that a rank other than 0 never holds more than its share and one whole parameter. The
+    reports are the same on every rank. InputError if a layout needs more ranks than there are.
+    """
+    have = 1 if comm is None else comm.size
+    for layout in layouts:
+        if layout.ranks > have:
+            raise InputError(f"layout {short(layout)} needs {layout.ranks} ranks, and there are {have}")
+    serial = _run_serial(config, source, steps) if comm is None or comm.rank == 0 else _Serial()
+    reports = []
+    for layout in layouts:
+        part = comm if comm is None or layout.ranks == have else comm.Split(int(comm.rank >= layout.ranks), comm.rank)
+        report = Report(short(layout), layout.ranks)
+        if comm is None or comm.rank < layout.ranks:
+            report = _compare(config, part, layout, source, serial, steps, report)
+        if comm is not None:
+            report = comm.bcast(report)
+            if part is not comm and part is not None:
+                part.Free()
+        reports.append(report)
+    return reports
+
+
+def short(layout: Layout) -> str:
+    """A layout as ``--layout`` takes it."""
+    text = f"dp={layout.dp or 1},pp={layout.pp},tp={layout.tp}"
+    if layout.tp > 1:
+        text += f",sp={int(bool(layout.sequence_parallel))}"
+    if layout.pp > 1:
+        text += f",schedule={layout.schedule}"
+    return text + (",recompute=1" if layout.recompute else "")
+
+
+def _run_serial(config: Config, source: Source, steps: int) -> _Serial:
+    layout = dataclasses.replace(config.layout, dp=1, pp=1, tp=1, sequence_parallel=False, recompute=False)
+    out = _Serial()
+    with Mesh(device=config.train.device) as mesh:
+        train = dataclasses.replace(config.train, microbatch=None)
+        engine = Engine(dataclasses.replace(config, layout=layout, train=train), mesh)
+        for step in range(steps):
+            result = engine.step(step, *source(step, engine.share))
+            out.losses.append(result.loss)
+            out.norms.append(result.norm)
+            parameters = engine.buckets.parameters
+            out.gradients.append({p.name: to_host(p.grad).copy() for p in parameters})
+            out.weights.append({p.name: to_host(p.data).copy() for p in parameters})
+    return out
+
+
+def _compare(
+    config: Config,
+    comm: MPI.Intracomm | None,
+    layout: Layout,
+    source: Source,
+    serial: _Serial,
+    steps: int,
+    report: Report,
+) -> Report:
+    shape = {"dp": layout.dp or 1, "pp": layout.pp, "tp": layout.tp}
+    staged = config.communication.cuda_aware == "no"
+    with Mesh(comm, **shape, device=config.train.device, backend=config.communication.backend, staged=staged) as mesh:
+        engine = Engine(dataclasses.replace(config, layout=layout), mesh)
+        names = _broadcast(comm, [(n, a.shape) for n, a in serial.gradients[0].items()] if serial.gradients else None)
+        found = {name: Difference(name, shape) for name, shape in names}
+        _check_cover(mesh, engine, dict(names))
+        mine = {p.name: p for p in engine.buckets.parameters}
+        for step in range(steps):
+            result = engine.step(step, *source(step, engine.share))
+            losses, norms = _broadcast(comm, (serial.losses, serial.norms))
+            report.loss = max(report.loss, _relative(result.loss, losses[step]))
+            report.norm = max(report.norm, _relative(result.norm, norms[step]))
+            for kind, wholes, floor in (("gradient", serial.gradients, 1e-3), ("weight", serial.weights, 1e-1)):
+                top = _broadcast(comm, max(map(_size, wholes[step].values())) if wholes else None)
+                for name, difference in found.items():
+                    whole = _broadcast(comm, wholes[step][name] if wholes else None)
+                    scale = max(_size(whole), floor * top)
+                    error = _error(mine.get(name), kind, whole) / scale if scale else 0.0
+                    setattr(difference, kind, max(getattr(difference, kind), _worst(mesh, error)))
+        report.parameters = list(found.values())
+    return report
+
+
+def _error(p: Parameter | None, kind: str, whole: NDArray[Any]) -> float:
+    if p is None:
+        return 0.0
+    mine = to_host(p.grad if kind == "gradient" else p.data)
+    if mine.shape != whole[p.index].shape:
+        return math.inf
+    return _size(mine - whole[p.index])
+
+
+def _size(x: NDArray[Any]) -> float:
+    """The largest magnitude; infinite if there is any NaN, which no comparison would otherwise see."""
+    top = float(np.abs(x).max()) if x.size else 0.0
+    return top if math.isfinite(top) else math.inf
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b) if b else abs(a)
+
+
+def _worst(mesh: Mesh, error: float) -> float:
+    return max(mesh.gather_objects(error if math.isfinite(error) else math.inf))
+
+
+def _broadcast(comm: MPI.Intracomm | None, value: Any) -> Any:
+    return value if comm is None else comm.bcast(value)
+
+
+def _check_cover(mesh: Mesh, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> None:
+    """The owned parts of the ranks of one replica must tile every parameter once, or norms and checkpoints are wrong."""
+    owned: list[tuple[str, Index]] = [(p.name, p.owned) for p in engine.buckets.parameters]
+    everyone = mesh.gather_objects(owned if mesh.coordinates["dp"] == 0 else [])
+    counts = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}
+    for name, index in (item for items in everyone for item in items):
+        if name not in counts:
+            raise RuntimeError(f"{name} is no parameter of the serial model")
+        counts[name][index] += 1
+    for name, count in counts.items():
+        if (count != 1).any():
+            raise RuntimeError(f"{name} is owned {count.min()} to {count.max()} times, not once")

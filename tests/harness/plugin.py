@@ -1,0 +1,134 @@
+"""A pytest plugin that runs the tests marked ``mpi`` on several ranks, one job for each number of ranks.
+
+Collected as usual, so that ``-k``, paths and ``-x`` work, a test ``t`` becomes ``t@1``, ``t@2``, ... : the same test, run by
+``mpirun`` on that many ranks and reported as one. A test that fails on all ranks alike leaves the job running; after any
+other failure the job is ended and the remaining tests go on in a new one.
+
+Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a rank, and the plugin does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from .job import Job, Verdict
+
+COUNTS = os.environ.get("HPCMP_TEST_RANKS", "1,2,3,4,8")
+
+
+class Ranks:
+    """The tests to run on one number of ranks, and the job that runs them."""
+
+    def __init__(self, number: int, items: list[pytest.Item], config: pytest.Config) -> None:
+        self.number = number
+        self.tests = [item.nodeid for item in items]
+        self.files = [str(item.path) for item in items]
+        self.options = [f"--rootdir={config.rootpath}", f"--tb={config.option.tbstyle}"]
+        if config.inipath:
+            self.options += ["-c", str(config.inipath)]
+        self.job: Job | None = None
+        self.refused = False
+
+    def run(self, test: str, limit: float) -> Verdict:
+        """Run ``test``, in the job that the tests before it left if that is still sound."""
+        if self.refused:
+            return Verdict("failed", f"the job on {self.number} ranks does not start (see the first failure)")
+        if self.job is None:
+            self.job = Job(self.number, self.tests[self.tests.index(test) :], self.files, self.options)
+            verdict = self.job.started()
+            if not verdict.usable:
+                self.refused = True
+                self.close()
+                return verdict
+        verdict = self.job.result(test, limit)
+        if not verdict.usable or test == self.tests[-1]:
+            self.close()
+        return verdict
+
+    def close(self) -> None:
+        if self.job is not None:
+            self.job.close()
+            self.job = None
+
+
+class RanksFailure(Exception):
+    """A test failed on some rank; the message is the whole report."""
+
+
+class RankedTest(pytest.Item):
+    """One test on one number of ranks."""
+
+    def __init__(self, *, original: pytest.Item, ranks: Ranks, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.original, self.ranks = original, ranks
+        self.limit = float("inf")
+        self.own_markers += [mark for mark in original.own_markers if mark.name == "timeout"]
+
+    def runtest(self) -> None:
+        verdict = self.ranks.run(self.original.nodeid, self.limit)
+        if verdict.outcome == "skipped":
+            pytest.skip(verdict.text.removeprefix("Skipped: "))
+        if verdict.outcome == "failed":
+            raise RanksFailure(verdict.text)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        return str(excinfo.value) if isinstance(excinfo.value, RanksFailure) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
+        path, line, _ = self.original.reportinfo()
+        return path, line, self.name
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put in place of each test marked ``mpi``, after the serial tests, one for each number of ranks that it allows."""
+    ranked = [item for item in items if item.get_closest_marker("mpi")]
+    if not ranked or config.getoption("with_mpi") or config.getoption("only_mpi"):
+        return
+    try:
+        counts = sorted({int(count) for count in COUNTS.split(",")})
+    except ValueError:
+        raise pytest.UsageError(f"HPCMP_TEST_RANKS is {COUNTS!r}: it takes numbers of ranks, such as 1,2,4") from None
+    items[:] = [item for item in items if item not in ranked]
+    serial = len(items)
+    for number in counts:
+        fitting = [item for item in ranked if _min_size(item) <= number]
+        ranks = Ranks(number, fitting, config)
+        config.add_cleanup(ranks.close)
+        for item in fitting:
+            name = f"{item.name}@{number}"
+            items.append(RankedTest.from_parent(item.parent, name=name, original=item, ranks=ranks))
+    if len(items) == serial:
+        raise pytest.UsageError(f"no multi-rank test can run: all need more ranks than HPCMP_TEST_RANKS={COUNTS}")
+
+
+def _min_size(item: pytest.Item) -> int:
+    return max(mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """Take over a ranked test's time-out (pytest-timeout): it begins when the job has started, and shows where ranks hang."""
+    if not isinstance(item, RankedTest):
+        return None
+    item.limit = settings.timeout
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many tests ran on each number of ranks."""
+    counts: dict[int, Counter[str]] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            number = report.nodeid.rpartition("@")[2]
+            if number.isdigit():
+                counts.setdefault(int(number), Counter())[outcome] += 1
+    if counts:
+        terminalreporter.section("multi-rank tests")
+    for number, outcomes in sorted(counts.items()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        terminalreporter.write_line(f"{number} rank{'s' * (number > 1)}: {told}")
