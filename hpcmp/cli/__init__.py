@@ -19,7 +19,9 @@ COMMANDS = ("doctor",)
 
 def parser() -> common.Parser:
     """The parser of the whole command line."""
-    top = common.Parser(prog="hpcmp", description="Train and run transformers too large for one device, under mpirun or srun.")
+    top = common.Parser(
+        prog="hpcmp", description="Train and run transformers too large for one device, under mpirun or srun."
+    )
     top.add_argument("--version", action="version", version=f"hpcmp {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -45,7 +45,9 @@ class Parser(argparse.ArgumentParser):
 #: ``set_defaults(run=...)``, a function from the arguments to the result object, and if it has something to say on a
 #: terminal ``set_defaults(show=...)``, from the result to text. A result's "exit_code", 0 if absent, ends the process.
 parent = Parser(add_help=False)
-parent.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout; logs go to stderr")
+parent.add_argument(
+    "--json", action="store_true", help="print the result as one JSON object on stdout; logs go to stderr"
+)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ what comes out:
 def register(subparsers: Any) -> None:
     """Add ``hpcmp data`` and its actions."""
     about = "make token files from text, and check them"
-    actions = subparsers.add_parser("data", help=about, description=about).add_subparsers(metavar="ACTION", required=True)
+    actions = subparsers.add_parser("data", help=about, description=about).add_subparsers(
+        metavar="ACTION", required=True
+    )
     raw = argparse.RawDescriptionHelpFormatter
 
     make = actions.add_parser(

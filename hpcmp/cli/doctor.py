@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     world = mpi.COMM_WORLD if mpi else None
     mine = {"host": socket.gethostname(), "versions": _versions(mpi), "share": detect.share(), "rate": _gemm_rate()}
     ranks = world.allgather(mine) if world else [mine]
+    gpus = _gpus()
     checks = [
         *_version_checks(ranks),
-        *(_mpi_checks(mpi) if mpi else [Check("MPI", "problem", mpi_error, NO_MPI)]),
+        *(_mpi_checks(mpi, gpus) if mpi else [Check("MPI", "problem", mpi_error, NO_MPI)]),
         _parallel_hdf5(),
-        *_gpu_checks(mpi, Counter(rank["host"] for rank in ranks)),
+        _gpu_check(gpus, sum(rank["host"] == mine["host"] for rank in ranks)),
         *_core_checks(ranks),
         *([_all_reduce_check(world)] if world and world.size > 1 else []),
         _directory_check(world),
@@ -110,8 +112,8 @@ def _versions(mpi: Any) -> dict[str, str]:
         runtime = cupy.cuda.runtime
         versions["CUDA runtime"] = _cuda(_ask(runtime.runtimeGetVersion, 0))
         versions["CUDA driver"] = _cuda(_ask(runtime.driverGetVersion, 0))
-        number = _ask(lambda: nccl.get_version(), 0)
-        versions["NCCL"] = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "not found"
+        code = _ask(lambda: nccl.get_version(), 0)
+        versions["NCCL"] = f"{code // 10000}.{code // 100 % 100}.{code % 100}" if code else "not found"
     return versions
 
 
@@ -140,15 +142,18 @@ def _some(hosts: set[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _mpi_checks(mpi: Any) -> list[Check]:
+def _mpi_checks(mpi: Any, gpus: int) -> list[Check]:
     size, started = mpi.COMM_WORLD.size, detect.launcher()
-    name = f"{size} ranks by {started.name}" if started else f"{size} rank, no launcher"
+    count = f"{size} rank{'s' * (size > 1)}"
     wrong = detect.wrong_mpiexec(size)
     level = ("single", "funneled", "serialized", "multiple")[mpi.Query_thread()]
+    aware = detect.cuda_aware(mpi)
+    detour = "arrays go through host memory where NCCL is not used" if gpus and not aware else ""
     return [
-        Check("launcher", "problem" if wrong else "ok", name, wrong or ""),
-        Check("thread level", "ok", level),
         Check("MPI library", "ok", str(detect.mpi_library() or "linked into mpi4py")),
+        Check("launcher", "problem" if wrong else "ok", f"{started.name}, {count}" if started else count, wrong or ""),
+        Check("thread level", "ok", level),
+        Check("CUDA-aware MPI", "warn" if detour else "ok", "yes" if aware else "no", detour),
     ]
 
 
@@ -158,24 +163,25 @@ def _parallel_hdf5() -> Check:
     return Check("parallel HDF5", "ok", "mpio driver" if mpio else "no mpio driver: checkpoints are a file per rank")
 
 
-def _gpu_checks(mpi: Any, ranks_on: Counter[str]) -> list[Check]:
+def _gpus() -> int:
+    cupy, _ = _load("cupy")
+    return int(_ask(cupy.cuda.runtime.getDeviceCount, 0)) if cupy else 0
+
+
+def _gpu_check(gpus: int, here: int) -> Check:
+    """``gpus`` devices for ``here`` ranks on this host."""
     cupy, why = _load("cupy")
     if not cupy:
         if Path("/proc/driver/nvidia/version").exists():
-            return [Check("GPUs", "warn", f"an NVIDIA driver, but no CuPy: {why}", "`pip install cupy-cuda12x` or -cuda13x")]
-        return [Check("GPUs", "ok", 'none: train.device = "cpu"')]
-    count = _ask(cupy.cuda.runtime.getDeviceCount, 0)
-    if not count:
-        return [Check("GPUs", "warn", "CuPy finds no GPU", "run on a node with a GPU and its driver, or on the CPU")]
+            return Check(
+                "GPUs", "warn", f"an NVIDIA driver, but no CuPy: {why}", "`pip install cupy-cuda12x` or -cuda13x"
+            )
+        return Check("GPUs", "ok", 'none: train.device = "cpu"')
+    if not gpus:
+        return Check("GPUs", "warn", "CuPy finds no GPU", "run on a node with a GPU and its driver, or on the CPU")
     name = _ask(lambda: cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "unknown")
-    most = ranks_on[socket.gethostname()]
-    shared = "start one rank a GPU" if most > count else ""
-    checks = [Check("GPUs", "warn" if shared else "ok", f"{count} x {name}, {most} ranks on this host", shared)]
-    if mpi:
-        aware = detect.cuda_aware(mpi)
-        advice = "" if aware else "arrays go through host memory where NCCL is not used; a CUDA-aware MPI avoids it"
-        checks.append(Check("CUDA-aware MPI", "ok" if aware else "warn", "yes" if aware else "no", advice))
-    return checks
+    crowd = "start at most one rank a GPU" if here > gpus else ""
+    return Check("GPUs", "warn" if crowd else "ok", f"{gpus} x {name} for {here} ranks on this host", crowd)
 
 
 def _gemm_rate(n: int = 768) -> float:
@@ -223,20 +229,29 @@ def _all_reduce_check(world: Any) -> Check:
             world.Allreduce(x, y)
             times.append(time.perf_counter() - start)
         medians.append(statistics.median(times[2:]))
-    return Check("all-reduce", "ok", f"8 B in {medians[0] * 1e6:.1f} us, 1 MiB in {medians[1] * 1e3:.2f} ms (MPI, host)")
+    return Check(
+        "all-reduce", "ok", f"8 B in {medians[0] * 1e6:.1f} us, 1 MiB in {medians[1] * 1e3:.2f} ms (MPI, host)"
+    )
 
 
 def _directory_check(world: Any) -> Check:
-    """Whether every rank sees a file that rank 0 makes in the current directory; collective."""
-    name, problem = "", ""
-    try:
-        with tempfile.NamedTemporaryFile(prefix=".hpcmp-doctor-", dir=os.getcwd()) as file:
-            if world is None:
-                seen = [True]
-            else:
-                name = world.bcast(file.name)
-                seen = world.allgather(os.path.exists(name))
-            free = shutil.disk_usage(os.getcwd()).free
-    except OSError as error:
-        problem = str(error)
-    return Check("directory", "ok", f"{name}{seen}{free}{problem}")
+    """Whether rank 0 can write a file in the current directory, and every rank sees it there; collective."""
+    path, why, free = "", "", 0
+    with contextlib.ExitStack() as stack:
+        if world is None or world.rank == 0:
+            try:
+                path = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".hpcmp-doctor-", dir=os.getcwd())).name
+                free = shutil.disk_usage(os.getcwd()).free
+            except OSError as error:
+                why = str(error)
+        if world:
+            path, why, free = world.bcast((path, why, free))
+        seen = (socket.gethostname(), bool(path) and os.path.exists(path))
+        blind = {host for host, sees in (world.allgather(seen) if world else [seen]) if not sees}
+    if why:
+        return Check("directory", "warn", f"not writable: {why}", "start in a directory on a file system for results")
+    if blind:
+        advice = "start in a directory on a file system that all hosts share"
+        return Check("directory", "warn", f"{os.path.dirname(path)} is another one on {_some(blind)}", advice)
+    advice = "a checkpoint may not fit: free some space, or set run.directory" if free < LITTLE else ""
+    return Check("directory", "warn" if advice else "ok", f"writable, {free / 1e9:.1f} GB free", advice)

@@ -33,7 +33,14 @@ class Launcher:
 # The variables for rank, size, local rank and local size, and one more that must be set. The order matters: a launcher
 # that runs inside another's job step inherits the other's variables, and several set PMI_RANK.
 _LAUNCHERS = (
-    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+    (
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "",
+    ),
     ("MPICH Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_STEP_ID"),
     ("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", ""),
@@ -78,9 +85,13 @@ def wrong_mpiexec(world_size: int) -> str | None:
     if started is None or started.size == 1 or world_size != 1:
         return None
     library = mpi_library()
-    problem = f"{started.name} started {started.size} processes, but each is a world of 1 rank for the MPI library in use"
+    problem = (
+        f"{started.name} started {started.size} processes, but each is a world of 1 rank for the MPI library in use"
+    )
     if started.name == "srun":
-        advice = "start with `srun --mpi=pmix` (`srun --mpi=list` shows what there is), or with mpirun in the allocation"
+        advice = (
+            "start with `srun --mpi=pmix` (`srun --mpi=list` shows what there is), or with mpirun in the allocation"
+        )
     elif own := _mpiexec(library):
         advice = f"start with {own}"
     else:
@@ -188,7 +199,6 @@ def oversubscription(local_size: int, shares: Sequence[Share] | None = None) -> 
     if threads <= cores:
         return None
     per_rank = max(1, cores // local_size)
-    return (
-        f"{threads} threads of {local_size} ranks share {cores} cores: set OMP_NUM_THREADS={per_rank}"
-        + (f" and start at most {cores} ranks" if local_size > cores else "")
+    return f"{threads} threads of {local_size} ranks share {cores} cores: set OMP_NUM_THREADS={per_rank}" + (
+        f" and start at most {cores} ranks" if local_size > cores else ""
     )

@@ -27,8 +27,8 @@ ROUNDS = 8
 class Sampler:
     """The order of samples over ``tokens`` tokens, each sample ``sequence`` + 1 consecutive ones.
 
-    W = tokens // sequence - 1 windows an epoch, at least 1, so that any offset in [0, sequence) leaves room for all of
-    them; an epoch passes over fewer than 2 * sequence tokens, other ones each time. ``digest`` identifies the data and
+    An epoch has W = tokens // sequence - 1 windows, at least 1. That leaves fewer than 2 * sequence tokens out, before
+    the first window and after the last, others each epoch, and no token is left out always. ``digest`` identifies the data and
     ``name`` names it in errors. The only state is ``samples``, the number of samples consumed.
 
     Raises DataError if there are fewer than ``sequence`` + 1 tokens.
@@ -61,9 +61,8 @@ class Sampler:
         return max(1, self.tokens // self.sequence - 1)
 
     def offset(self, epoch: int) -> int:
-        """Where the first window of an epoch starts, in [0, sequence) as far as there is room."""
-        room = min(self.sequence, self.tokens - self.windows * self.sequence)
-        return _key(self.seed, "offset", epoch) % room
+        """Where the first window of an epoch starts: in [0, tokens - W * sequence), so that all windows fit."""
+        return _key(self.seed, "offset", epoch) % (self.tokens - self.windows * self.sequence)
 
     def start(self, n: int) -> int:
         """The first token of sample ``n`` (0, 1, 2, ... over the whole run)."""

@@ -25,7 +25,7 @@ class TensorParallel:
         self.cursor = cursor or Cursor()
         self.sequence = sequence
         self.enter: Collective = AllGather(self.tp, 0, self.cursor.length) if sequence else Copy(self.tp)
-        self.leave: Collective = ReduceScatter(self.tp, 0) if sequence else AllReduce(self.tp)
+        self.leave: Collective = ReduceScatter(self.tp, 0, self.cursor.length) if sequence else AllReduce(self.tp)
 
     def positions(self) -> slice:
         """The sequence positions that this rank holds between layers."""

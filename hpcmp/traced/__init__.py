@@ -36,18 +36,19 @@ class Saved(NamedTuple):
 class Traced(Module):
     """y = fn(x, **parameters), differentiated by the chain rule over the functions that fn calls.
 
-    fn is written with NumPy's operators, functions and methods, and works on NumPy and CuPy arrays alike. ``RULES`` holds
-    the functions that it may call, and can be added to; anything else raises TypeError, as does what would change an
-    array in place or turn a traced array into a plain one. Other arrays that fn uses are constants; so are the results of
-    comparisons and of the other functions in ``CONSTANT``. fn must not change any array that it has used.
+    fn is written with NumPy's operators, functions and methods, and works on NumPy and CuPy arrays alike. ``RULES``
+    holds the functions that it may call, and can be added to; anything else raises TypeError, as does what would change
+    a traced array in place or turn it into a plain one. Other arrays that fn uses are constants, and so are the results
+    of comparisons and of the other functions in ``CONSTANT``. fn must not change any array that it has used.
 
     x: an array, or a tuple of arrays: fn(*x, **parameters). Integer and boolean arrays reach fn as they are and get no
     gradient. y: an array, or a tuple of arrays, as fn returns it. dx and dy are arrays or tuples as x and y are, with
     None where there is no gradient; each has the shape and dtype of its array. The gradient of a maximum is shared
     equally between ties.
 
-    backward computes dx in the B slot; whatever leads to parameters alone, their gradients included, in the W slot. What a
-    forward saved is good for one backward, and forwards and backwards of several microbatches may be in any order.
+    The B slot computes dx; the W slot computes whatever leads to parameters alone. What a forward saved is good for one
+    backward; the forwards and backwards of several microbatches may come in any order. What is saved is what the rules
+    name, so that an intermediate array which no rule needs is freed as soon as fn drops it.
     """
 
     def __init__(self, fn: Callable[..., Any], /, **parameters: Parameter) -> None:

@@ -1,7 +1,8 @@
 """The derivative of every function that ``Traced`` follows.
 
-For y = f(a, b), ``RULES[f](y, a, b)`` is the pair of pullbacks (dy -> (df/da)^T dy, dy -> (df/db)^T dy), or one pullback
-where only the first operand is differentiated; an operand with None cannot be. Operands and dy are plain arrays.
+For y = f(a, b), ``RULES[f](y, a, b)`` is the pair of pullbacks (dy -> (df/da)^T dy, dy -> (df/db)^T dy), or one
+pullback where only the first operand is differentiated; None stands for an operand that is not. Operands and dy are
+plain arrays; for a list of operands there is a list of pullbacks.
 
 A pullback keeps alive the arrays that it names and no others: that is the memory which a forward holds. It may return
 its result still broadcast, and in any float dtype: the tape sums it to the operand's shape and casts it. A rule's
@@ -28,7 +29,7 @@ def power(y: Array, a: Array, b: Array) -> tuple[Pullback, Pullback]:
 
     def da(dy: Array) -> Array:
         # A Python scalar stays one, so that it does not widen float32 arrays.
-        less = (b - 1 if b else 1) if np.isscalar(b) else np.where(b == 0, 1, b - 1)
+        less = (b - 1 if b else 1) if isinstance(b, int | float) else np.where(b == 0, 1, b - 1)
         return dy * (b * a**less)
 
     return da, lambda dy: dy * y * np.log(np.where(a == 0, 1, a))
@@ -144,7 +145,7 @@ RULES: dict[Any, Callable[..., Any]] = {
 }
 RULES |= {operator.pow: power, np.amax: extremum, np.amin: extremum}
 
-#: Functions whose derivative is zero wherever there is one: they are computed on the plain arrays and give plain arrays.
+#: Functions whose derivative is zero wherever there is one: they take the plain arrays and give plain arrays.
 CONSTANT: set[Any] = {
     *(np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal),
     *(np.logical_and, np.logical_or, np.logical_xor, np.logical_not, np.any, np.all),

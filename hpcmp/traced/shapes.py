@@ -62,7 +62,7 @@ def join(y: Array, xs: Sequence[Array], axis: int = 0) -> tuple[list[Pullback]]:
 
 
 def scatter(shape: Shape, key: Any) -> Pullback:
-    """The pullback of y = x[key]: zeros of ``shape``, with dy added wherever y was taken from, once for every taking."""
+    """The pullback of y = x[key]: zeros of ``shape``, with dy added at ``key``, where an element may recur."""
 
     def pull(dy: Array) -> Array:
         dx = np.zeros_like(dy, shape=shape)

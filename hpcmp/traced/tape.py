@@ -1,7 +1,7 @@
 """The tape of one forward: which value was computed from which, and how gradients flow back.
 
-The tape is cut in two. A value that depends on a differentiable input is pulled back in the B slot. A value that depends
-on parameters alone is *late*: its gradient, and the product that leads to it, are wanted in the W slot only.
+The tape is cut in two. A value that depends on a differentiable input is pulled back in the B slot. A value that
+depends on parameters alone is *late*: its gradient, and the product that leads to it, are wanted in the W slot only.
 """
 
 from __future__ import annotations

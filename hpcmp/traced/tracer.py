@@ -64,7 +64,7 @@ class Tracer(NDArrayOperatorsMixin):
 
     @property
     def T(self) -> Any:
-        return np.transpose(self)  # type: ignore[call-overload]
+        return np.transpose(self)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -95,8 +95,8 @@ class Tracer(NDArrayOperatorsMixin):
 
     def _convert(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            "a traced array cannot become a plain array, number or condition, which would lose its gradient in silence: "
-            "use NumPy functions throughout, or stop_gradient(x) where no gradient is meant"
+            "a traced array cannot become a plain array, a number or a condition, because its gradient would be lost: "
+            "use NumPy's functions throughout, or stop_gradient(x) where no gradient is meant"
         )
 
     def _change(self, *args: Any) -> NoReturn:
@@ -142,21 +142,23 @@ def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
     tape = traced[0][0].tape
     if any(tracer.tape is not tape for tracer, _ in traced):
         raise TypeError(f"{name}: an operand was kept from another call of the traced function")
-    if not all(callable(pullback) for _, pullback in traced):
-        raise _untraced(f"the gradient of {name} with respect to one of these operands")
     if not is_float(y.dtype):
         raise TypeError(
             f"{name} gave {y.dtype}, through which no gradient flows: use stop_gradient(x) if none is meant"
         )
-    sources = tuple((tracer.place, pullback) for tracer, pullback in traced)
+    sources = tuple((tracer.place, pullback) for tracer, pullback in traced if callable(pullback))
+    if len(sources) < len(traced):
+        raise _untraced(f"the gradient of {name} with respect to one of these operands")
     late = all(tape.nodes[place].late for place, _ in sources)
     return Tracer(y, tape, tape.record(Node(y.shape, y.dtype, late, sources)))
 
 
 def _plain(arg: Any) -> Any:
     """An argument with the arrays in the place of tracers, also inside lists and tuples."""
-    if isinstance(arg, list | tuple):
-        return type(arg)(_plain(item) for item in arg)
+    if isinstance(arg, list):
+        return [_plain(item) for item in arg]
+    if isinstance(arg, tuple):
+        return tuple(_plain(item) for item in arg)
     return stop_gradient(arg)
 
 

@@ -130,7 +130,9 @@ class Checkpoint(Section):
 class Run(Section):
     """The run's directory and its log."""
 
-    directory: str = derived("runs/NAME of NAME.toml", "where the resolved configuration, metrics and plots are written")
+    directory: str = derived(
+        "runs/NAME of NAME.toml", "where the resolved configuration, metrics and plots are written"
+    )
     log_seconds: float = option(5.0, "seconds between lines of the log", COUNT)
     evaluate_every: int | None = option(None, "steps between evaluations on held-out samples", SIZE)
     evaluate_samples: int = option(16, "held-out samples", SIZE)

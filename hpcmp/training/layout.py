@@ -57,7 +57,14 @@ def _fitting(layout: Layout, ranks: int) -> list[str]:
     return [dp.format(ranks // (tp * pp)) + f"tp={tp},pp={pp}" for tp, pp in fits[:3]]
 
 
-_KEYS = {"dp": "dp", "pp": "pp", "tp": "tp", "sp": "sequence_parallel", "schedule": "schedule", "recompute": "recompute"}
+_KEYS = {
+    "dp": "dp",
+    "pp": "pp",
+    "tp": "tp",
+    "sp": "sequence_parallel",
+    "schedule": "schedule",
+    "recompute": "recompute",
+}
 
 
 def parse_layout(text: str, base: Layout) -> Layout:

@@ -248,7 +248,14 @@ def reference(sections: Mapping[str, type]) -> str:
     """The table of every section in Markdown: key, type and range, default, meaning."""
     tables = []
     for name, section in sections.items():
-        lines = [f"## [{name}]", "", section.__doc__ or "", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines = [
+            f"## [{name}]",
+            "",
+            section.__doc__ or "",
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for field in dataclasses.fields(section):
             kind = _kinds(section)[field.name]
             what = kind.describe(article=False) + _within(kind.span)

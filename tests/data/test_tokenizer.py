@@ -66,7 +66,7 @@ def test_bytes_decode_what_a_model_may_say() -> None:
 def test_hugging_face(json_path: Path) -> None:
     tokenizer = load_tokenizer(json_path)
     check(tokenizer)
-    assert tokenizer.vocabulary == 300 and tokenizer.end_of_document == 1
+    assert 258 < tokenizer.vocabulary <= 300 and tokenizer.end_of_document == 1
     assert tokenizer.name.startswith("bpe-")
     assert load_tokenizer(json_path.parent).name == tokenizer.name  # a folder that holds a tokenizer.json
 

@@ -109,11 +109,9 @@ class Job:
         if failed:
             first = min(failed, key=lambda rank: failed[rank]["time"])
             same = [rank for rank, record in failed.items() if _what(record) == _what(failed[first])]
-            headline = failed[first]["summary"].partition("\n")[0]
-            parts.append(f"{self._names(same)}: {headline}\n\n{failed[first]['text']}\n")
+            parts.append(f"{self._names(same)}: {failed[first]['summary']}\n\n{failed[first]['text']}\n")
             parts += [f"rank {rank}: {_what(record)}" for rank, record in failed.items() if rank not in same]
         if silent and self.process.poll() is not None:
-            parts.append(f"{self._names(silent)} ended without a result, mpirun with status {self.process.returncode}")
             parts += self._remains(silent)
         elif silent:
             patience = f"{GRACE:g} s later" if failed else f"within {limit:g} s"
@@ -128,10 +126,7 @@ class Job:
         everyone = list(range(self.ranks))
         if self.process.poll() is None:
             return f"after the last test, the ranks did not end within {FINISH:g} s" + self._stacks(everyone)
-        if self.process.returncode:
-            reason = f"after the last test, mpirun ended with status {self.process.returncode}"
-            return "\n".join([reason, *self._remains(everyone)])
-        return ""
+        return "\n".join(["after the last test", *self._remains(everyone)]) if self.process.returncode else ""
 
     def _names(self, ranks: Sequence[int]) -> str:
         if len(ranks) == self.ranks:
@@ -139,20 +134,29 @@ class Job:
         return f"rank {', '.join(map(str, ranks))} of {self.ranks}"
 
     def _remains(self, ranks: Sequence[int]) -> list[str]:
-        """What ranks that died left: the crashed ones' stacks if any crashed, else the ends of the logs; then mpirun's words."""
-        stacks = {rank: self._text(f"rank{rank}.stack") for rank in ranks}
-        crashed = [rank for rank in ranks if stacks[rank]]
-        shown = [f"--- rank {rank} ---\n{_own_frames(stacks[rank])}" for rank in crashed]
-        shown += [f"--- rank {rank}, log ---\n{log}" for rank in crashed or ranks if (log := self._tail(f"rank{rank}.log"))]
-        return [*shown, f"--- mpirun ---\n{self._tail('stdout')}{self._tail('stderr')}".rstrip()]
+        """What ranks that ended left: the crashed ones' stacks if any crashed, else the ends of the logs; and mpirun's words."""
+        stacks = {rank: text for rank in ranks if (text := self._text(f"rank{rank}.stack")).startswith("Fatal")}
+        if stacks:
+            headline = f"{self._names(list(stacks))} crashed: {next(iter(stacks.values())).splitlines()[0]}"
+        else:
+            headline = f"{self._names(ranks)} ended without a result, mpirun with status {self.process.returncode}"
+        shown = [f"--- rank {rank} ---\n{_own_frames(stack)}" for rank, stack in stacks.items()]
+        shown += [
+            f"--- rank {rank}, log ---\n{log}" for rank in stacks or ranks if (log := self._tail(f"rank{rank}.log"))
+        ]
+        return [headline, *shown, f"--- mpirun ---\n{self._tail('stdout')}{self._tail('stderr')}"]
 
     def _stacks(self, ranks: Sequence[int]) -> str:
         """Each rank's Python stack now: the ranks write them on a signal, even inside a blocked MPI call."""
-        pids: Mapping[int, int] = {rank: self.records[rank]["start"]["pid"] for rank in ranks if "start" in self.records[rank]}
+        pids: Mapping[int, int] = {
+            rank: self.records[rank]["start"]["pid"] for rank in ranks if "start" in self.records[rank]
+        }
         for pid in pids.values():
             os.kill(pid, SIGNAL)
         time.sleep(0.5)
-        return "".join(f"\n--- rank {rank} ---\n{_own_frames(self._text(f'rank{rank}.stack')) or 'not known'}" for rank in ranks)
+        return "".join(
+            f"\n--- rank {rank} ---\n{_own_frames(self._text(f'rank{rank}.stack')) or 'not known'}" for rank in ranks
+        )
 
     def _text(self, name: str) -> str:
         path = self.directory / name

@@ -60,7 +60,7 @@ class Reporter:
                 test=report.nodeid,
                 outcome="failed",
                 text=report.longreprtext + sections,
-                summary=crash.message if crash else report.longreprtext,
+                summary=(crash.message if crash else report.longreprtext).partition("\n")[0],
                 place=f"{crash.path}:{crash.lineno}" if crash else "",
                 time=time.time(),
             )
@@ -79,7 +79,9 @@ class Reporter:
 
 def main() -> None:
     directory, options = Path(sys.argv[1]), sys.argv[2:]
-    rank = next((os.environ[key] for key in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK") if key in os.environ), None)
+    rank = next(
+        (os.environ[key] for key in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK") if key in os.environ), None
+    )
     if rank is None:
         sys.exit("the launcher gave this process no rank: is mpirun the one of the MPI that mpi4py uses?")
     log = os.open(directory / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)

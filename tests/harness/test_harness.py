@@ -1,0 +1,203 @@
+"""The harness on planted suites: whatever ranks do, the run ends in seconds and names test, rank and cause."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import job, launch
+
+PLANTED = """
+import os, signal, pytest
+pytestmark = pytest.mark.mpi(min_size=2)
+seen = []
+
+def test_one_rank_raises(world):
+    print("said before")
+    if world.rank == 1:
+        raise ValueError("planted on rank 1")
+    world.Barrier()
+
+def test_one_rank_fails_and_none_waits(world):
+    seen.append("this job")
+    assert world.rank != 0
+
+def test_in_a_new_job(world):
+    assert not seen
+    assert world.allreduce(1) == world.size
+
+def test_every_rank_fails(world):
+    seen.append("this job")
+    assert world.size == 0, object()
+
+def test_in_the_same_job(world):
+    assert seen
+
+def test_crash(world):
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    world.Barrier()
+
+def test_hang(world):
+    if world.rank == 1:
+        world.recv(source=0, tag=99)
+    world.Barrier()
+
+def test_exit(world):
+    if world.rank == 0:
+        os._exit(0)
+    world.Barrier()
+
+@pytest.mark.timeout(1)
+def test_hang_with_its_own_limit(world):
+    world.recv(source=world.rank, tag=98)
+
+@pytest.mark.parametrize("name", [f"rank {os.environ.get('OMPI_COMM_WORLD_RANK', '-')}"])
+def test_not_the_same_everywhere(world, name):
+    pass
+
+def test_last(world):
+    world.Barrier()
+"""
+
+
+class Run:
+    """pytest on a planted suite, on 2 ranks, in a process and a temporary folder of its own."""
+
+    def __init__(self, folder: Path, suite: str, *options: str, ranks: str = "2") -> None:
+        (folder / "conftest.py").write_text('pytest_plugins = ["tests.conftest"]\n')
+        (folder / "test_planted.py").write_text(suite)
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        environment = {"HPCMP_TEST_RANKS": ranks, "TMPDIR": str(self.temporary), "PYTHONPATH": str(launch.ROOT)}
+        command = [sys.executable, "-m", "pytest", "-c", f"{launch.ROOT}/pyproject.toml", f"--rootdir={folder}"]
+        self.process = subprocess.Popen(
+            [*command, "-p", "no:cacheprovider", "--timeout=3", *options, str(folder)],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def output(self) -> str:
+        try:
+            return self.process.communicate(timeout=50)[0]
+        finally:
+            self.process.kill()
+
+    def processes(self) -> list[str]:
+        """The command lines of this run's ranks that are still alive."""
+        lines = [
+            path.read_bytes().decode().replace("\0", " ")
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if path.exists()
+        ]
+        return [line for line in lines if str(self.temporary) in line]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+    run = Run(tmp_path_factory.mktemp("planted"), PLANTED)
+    yield run, run.output()
+
+
+def section(output: str, test: str) -> str:
+    """What the report says on one failed test."""
+    assert f" {test}@2 _" in output, f"{test} is not reported as failed:\n{output}"
+    return output.split(f" {test}@2 _", 1)[1].partition("\n__")[0].partition("\n===")[0]
+
+
+@pytest.mark.parametrize(
+    ("test", "told"),
+    [
+        (
+            "test_one_rank_raises",
+            ["rank 1 of 2: ValueError: planted on rank 1", "said before", "rank 0 of 2: no answer", "line 10"],
+        ),
+        ("test_one_rank_fails_and_none_waits", ["rank 0 of 2: assert 0 != 0"]),
+        ("test_every_rank_fails", ["every rank of 2: AssertionError", "assert 2 == 0"]),
+        ("test_crash", ["rank 1 of 2 crashed: Fatal Python error: Segmentation fault", "in test_crash"]),
+        (
+            "test_hang",
+            ["every rank of 2: no answer within 3 s", "rank 1 ---", "line 35 in test_hang", "line 36 in test_hang"],
+        ),
+        ("test_exit", ["ended without a result", "process rank 0"]),
+        ("test_hang_with_its_own_limit", ["every rank of 2: no answer within 1 s"]),
+        ("test_not_the_same_everywhere[rank -]", ["does not exist under mpirun"]),
+    ],
+)
+def test_a_failure_names_rank_and_cause(planted: tuple[Run, str], test: str, told: list[str]) -> None:
+    text = section(planted[1], test)
+    assert [words for words in told if words not in text] == [], text
+    assert "_pytest" not in text
+
+
+def test_the_other_tests_still_run(planted: tuple[Run, str]) -> None:
+    run, output = planted
+    assert "2 ranks: 3 passed, 8 failed" in output
+    assert "= 8 failed, 3 passed in " in output.splitlines()[-1]
+    assert run.process.returncode == 1
+
+
+def test_nothing_is_left_behind(planted: tuple[Run, str]) -> None:
+    run, _ = planted
+    assert run.processes() == []
+    assert [path.name for path in run.temporary.iterdir() if not path.name.startswith("pytest-of-")] == []
+
+
+def test_ranks_end_with_a_killed_pytest(tmp_path: Path) -> None:
+    run = Run(tmp_path, PLANTED, "--timeout=60", "-k", "test_hang")
+    end = time.monotonic() + 20
+    while not run.processes() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert run.processes()
+    run.process.kill()
+    while run.processes() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert run.processes() == []
+
+
+def test_no_test_for_these_rank_counts_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, PLANTED, ranks="1")
+    assert "no multi-rank test can run: all need more ranks than HPCMP_TEST_RANKS=1" in run.output()
+    assert run.process.returncode != 0
+
+
+def test_worlds_of_size_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_mpirun(ranks: int, argv: list[str], directory: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        script = f'for r in $(seq 0 {ranks - 1}); do OMPI_COMM_WORLD_RANK=$r "$@" & done; wait'
+        return subprocess.Popen(["bash", "-c", script, "-", *argv], env=os.environ | env, start_new_session=True)
+
+    monkeypatch.setattr(launch, "start", without_mpirun)
+    planted = job.Job(2, ["test_planted.py::test"], [], [])
+    try:
+        assert "mpirun -n 2 made 2 worlds of size 1" in planted.started().text
+    finally:
+        planted.close()
+
+
+def test_run_mpi(run_mpi: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    program = "import os, sys; from mpi4py import MPI; print(MPI.COMM_WORLD.size, os.environ['KEY']); sys.exit(3)"
+    done = run_mpi(2, [sys.executable, "-c", program], env={"KEY": "value"})
+    assert done.returncode == 3
+    assert done.stdout.splitlines() == ["2 value"] * 2
+
+
+def test_run_mpi_ends_a_job_that_hangs(
+    run_mpi: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    program = f"import os, pathlib; from mpi4py import MPI; pathlib.Path('{tmp_path}', str(os.getpid())).touch(); MPI.COMM_WORLD.recv()"
+    with pytest.raises(AssertionError, match="ran past 3 s"):
+        run_mpi(2, [sys.executable, "-c", program], timeout=3)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
