@@ -37,15 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with common.log_to_stderr():
         try:
             args = parser().parse_args(argv)
-            result = args.run(args)
-            code = int(result.get("exit_code", common.OK))
-            if common.rank() == 0:
-                if args.json:
-                    print(common.to_json(result | {"exit_code": code}))
-                elif show := getattr(args, "show", None):
-                    print(show(result))
-                sys.stdout.flush()
-            return code
+            return common.finish(args.run(args), args)
         except SystemExit as exit:  # --help and --version
             return exit.code if isinstance(exit.code, int) else common.OK
         except BrokenPipeError as error:

@@ -94,28 +94,42 @@ def _world() -> tuple[int, int, Any]:
     return (started.rank, started.size, None) if started else (0, 1, None)
 
 
-def rank() -> int:
-    """This process's rank in the job. Rank 0 alone writes to stdout."""
-    return _world()[0]
+def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Print a command's result on rank 0, as JSON or as ``args.show`` makes of it; return its exit code."""
+    code = int(result.get("exit_code", OK))
+    rank, _, mpi = _world()
+    if rank == 0:
+        if args.json:
+            print(to_json(result | {"exit_code": code}))
+        elif hasattr(args, "show"):
+            print(args.show(result))
+        sys.stdout.flush()
+    elif code != OK and mpi is None:
+        _await_turn(rank)  # nothing else keeps rank 0 alive until it has printed
+    return code
+
+
+def _await_turn(rank: int) -> None:
+    if rank > 0:
+        time.sleep(1 + math.log2(rank) / 2)
 
 
 def fail(code: int, error: BaseException, text: str, as_json: bool) -> int:
-    """Say ``text`` on stderr once in the job, and end every rank with ``code``; returns it where there is no MPI to end.
+    """Say ``text`` on stderr once in the job, and end every rank with ``code``; return it where MPI has nothing to end.
 
     An error is raised by all ranks or by some, and no rank can ask the others: they may wait in a collective. So each
-    waits its turn, rank 0 not at all, rank r about 1 + log2(r) / 2 seconds, then speaks and ends the job, which silences
-    those behind it: the lowest rank that has the error is heard, once, within seconds.
+    waits its turn, rank 0 not at all and rank r for 1 + log2(r) / 2 seconds, then speaks and ends the job, which
+    silences those behind it: the lowest rank that has the error is heard, once, within seconds.
 
-    Before MPI joins the ranks nobody can end the job. Then rank 0 speaks, and after its turn the first rank of each other
-    host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends
-    the job at the first failed process has silenced the others by then, so under it every rank speaks after its turn.
+    Before MPI joins the ranks nobody can end the job. Then rank 0 speaks, and after its turn the first rank of each
+    host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends the
+    job at the first failed process has silenced the others by then, so under it every rank speaks after its turn.
     """
     rank, size, mpi = _world()
-    if rank > 0:
-        time.sleep(1 + math.log2(rank) / 2)
+    _await_turn(rank)
     started = launcher()
-    heard = rank == 0 or mpi is not None or started is None or started.ends_job
-    if heard or (started.local_rank == 0 and not isinstance(error, UsageError)):
+    first_here = started is not None and started.local_rank == 0 and not isinstance(error, UsageError)
+    if rank == 0 or mpi is not None or first_here or (started is not None and started.ends_job):
         if text and rank > 0:
             text = f"hpcmp: rank {rank} of {size} on host {socket.gethostname()}\n{text}"
         if as_json and text:

@@ -1,4 +1,4 @@
-"""``hpcmp doctor``: what this machine and this MPI can do, and what is wrong; alone, or under mpirun on the ranks of a job."""
+"""``hpcmp doctor``: what this machine and this MPI can do, and what is wrong; alone, or on all ranks under mpirun."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     world = mpi.COMM_WORLD if mpi else None
     mine = {"host": socket.gethostname(), "versions": _versions(mpi), "share": detect.share(), "rate": _gemm_rate()}
     ranks = world.allgather(mine) if world else [mine]
-    gpus = _gpus()
+    gpus, hosts = _gpus(), {rank["host"] for rank in ranks}
     checks = [
         *_version_checks(ranks),
-        *(_mpi_checks(mpi, gpus) if mpi else [Check("MPI", "problem", mpi_error, NO_MPI)]),
+        *(_mpi_checks(mpi, gpus, hosts) if mpi else [Check("MPI", "problem", mpi_error, NO_MPI)]),
         _parallel_hdf5(),
         _gpu_check(gpus, sum(rank["host"] == mine["host"] for rank in ranks)),
         *_core_checks(ranks),
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _directory_check(world),
     ]
     code = common.FAILED if any(check.status == "problem" for check in checks) else common.OK
-    hosts = sorted({rank["host"] for rank in ranks})
-    result = {"ranks": len(ranks), "hosts": hosts, "checks": list(map(dataclasses.asdict, checks)), "exit_code": code}
+    lines = [dataclasses.asdict(check) for check in checks]
+    result = {"ranks": len(ranks), "hosts": sorted(hosts), "checks": lines, "exit_code": code}
     return dict(world.bcast(result)) if world else result
 
 
@@ -73,7 +73,7 @@ def show(result: dict[str, Any]) -> str:
         lines.append(f"{check['status']:9}{check['name']:18}{check['value']}")
         lines += [f"{'':27}-> {check['advice']}"] if check["advice"] else []
     count = Counter(check["status"] for check in result["checks"])
-    lines.append(f"{count['problem']} problems, {count['warn']} warnings")
+    lines.append(f"problems: {count['problem']}, warnings: {count['warn']}")
     return "\n".join(lines)
 
 
@@ -142,9 +142,9 @@ def _some(hosts: set[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _mpi_checks(mpi: Any, gpus: int) -> list[Check]:
+def _mpi_checks(mpi: Any, gpus: int, hosts: set[str]) -> list[Check]:
     size, started = mpi.COMM_WORLD.size, detect.launcher()
-    count = f"{size} rank{'s' * (size > 1)}"
+    count = f"{size} rank{'s' * (size > 1)} on {_some(hosts)}"
     wrong = detect.wrong_mpiexec(size)
     level = ("single", "funneled", "serialized", "multiple")[mpi.Query_thread()]
     aware = detect.cuda_aware(mpi)

@@ -1,4 +1,4 @@
-"""What a process can tell about its job before, and without, a message: its launcher, its MPI, its share of the cores."""
+"""What a process can tell about its job without a message: its launcher, its MPI, its share of the cores."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _srun_local_size(environ: Mapping[str, str]) -> int | None:
 
 
 def wrong_mpiexec(world_size: int) -> str | None:
-    """What to do when a launcher started several processes and each is alone in its ``COMM_WORLD``; None if all is well.
+    """What to do when a launcher started several processes and each is alone in ``COMM_WORLD``; None if all is well.
 
     That is what the mpiexec of another MPI leads to: N runs of one rank, which overwrite each other's files.
     """
@@ -131,7 +131,7 @@ def _function(library: Path | None, name: str) -> Any:
 
 
 def cuda_aware(mpi: Any, override: str = "auto") -> bool:
-    """Whether the MPI of the module ``mpi`` (``mpi4py.MPI``) takes pointers to GPU memory; to one that does not, they are fatal.
+    """Whether the MPI behind ``mpi`` (the module ``mpi4py.MPI``) takes pointers to GPU memory, or crashes on them.
 
     ``override`` ("yes" or "no") decides; then HPCMP_CUDA_AWARE; then the library: ``mpi_memory_alloc_kinds`` (MPI 4.1),
     ``MPIX_Query_cuda_support`` (Open MPI, MPICH), ``MPIX_GPU_query_support`` (Cray, when MPICH_GPU_SUPPORT_ENABLED=1).

@@ -13,9 +13,14 @@ from ..arrays import Array, array_module
 _GELU_A, _GELU_C = math.sqrt(2 / math.pi), 0.044715
 
 
+def rows(x: Array) -> Array:
+    """``x`` (..., n) as a matrix; any size may be zero."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def matmul(x: Array, w: Array) -> Array:
     """y = x w. x (..., i), w (i, o), y (..., o)."""
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+    return (rows(x) @ w).reshape(*x.shape[:-1], w.shape[1])
 
 
 def matmul_transposed(dy: Array, w: Array) -> Array:
@@ -25,7 +30,7 @@ def matmul_transposed(dy: Array, w: Array) -> Array:
 
 def add_outer(grad: Array, x: Array, dy: Array) -> None:
     """grad += x^T dy, in place: the gradient of ``matmul`` with respect to w."""
-    grad += x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+    grad += rows(x).T @ rows(dy)
 
 
 def gelu(x: Array) -> Array:
@@ -74,8 +79,8 @@ def layer_norm_backward(dy: Array, x: Array, weight: Array, mean: Array, rstd: A
 
 def layer_norm_backward_weight(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
     """dw = sum dy z, db = sum dy, over all axes but the last."""
-    rows = tuple(range(dy.ndim - 1))
-    return (dy * ((x - mean) * rstd)).sum(rows), dy.sum(rows)
+    axes = tuple(range(dy.ndim - 1))
+    return (dy * ((x - mean) * rstd)).sum(axes), dy.sum(axes)
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> tuple[Array, Array]:
@@ -188,7 +193,7 @@ def embedding_backward_weight(grad: Array, ids: Array, first: int, dy: Array) ->
     xp = array_module(grad)
     row = (ids - first).reshape(-1)
     here = (row >= 0) & (row < grad.shape[0])
-    xp.add.at(grad, row[here], dy.reshape(-1, dy.shape[-1])[here])
+    xp.add.at(grad, row[here], rows(dy)[here])
 
 
 def row_max(x: Array) -> Array:
@@ -214,8 +219,8 @@ def cross_entropy_backward(scale: Array, logits: Array, targets: Array, first: i
     xp = array_module(logits)
     dx = xp.exp(logits - lse[..., None])
     column = (targets - first).reshape(-1)
-    rows = xp.nonzero((column >= 0) & (column < logits.shape[-1]))[0]
-    dx.reshape(-1, dx.shape[-1])[rows, column[rows]] -= 1
+    chosen = xp.nonzero((column >= 0) & (column < logits.shape[-1]))[0]
+    rows(dx)[chosen, column[chosen]] -= 1
     dx *= scale[..., None]
     return dx
 

@@ -87,7 +87,7 @@ class ColumnParallelLinear(Module):
             k.add_outer(matrix(weight.grad, 1), x, dy)
             if self.biases:
                 grad = self.biases[f"{name}_bias"].grad
-                grad += dy.reshape(-1, dy.shape[-1]).sum(0).reshape(grad.shape)
+                grad += k.rows(dy).sum(0).reshape(grad.shape)
 
 
 class RowParallelLinear(Module):
@@ -128,7 +128,7 @@ class RowParallelLinear(Module):
         flat = matrix(x, x.ndim - self.rank, keep=True)
         kernels.of(x).add_outer(matrix(self.weight.grad, self.rank), flat, whole)
         if self.bias is not None:
-            self.bias.grad += dy.reshape(-1, dy.shape[-1]).sum(0)
+            self.bias.grad += kernels.of(dy).rows(dy).sum(0)
 
 
 class ParallelHead(Module):

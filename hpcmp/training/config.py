@@ -158,8 +158,8 @@ class Config:
     def resolved(self, *, ranks: int | None = None, vocabulary: int | None = None) -> Config:
         """The configuration that runs: what follows from other values filled in, relations between keys checked.
 
-        ``layout.dp`` and ``model.vocabulary`` are filled in if ``ranks`` and ``vocabulary`` are given, else left as they
-        are. Idempotent. Raises InputError naming the keys that do not fit.
+        ``layout.dp`` and ``model.vocabulary`` are filled in if ``ranks`` and ``vocabulary`` are given, else left alone.
+        Idempotent. Raises InputError naming the keys that do not fit.
         """
         train, run = self.train, fill(self.run, directory="runs/unnamed")
         if train.microbatch is not None and train.microbatch > train.batch:
@@ -183,7 +183,10 @@ class Config:
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Config:
         """The inverse of ``to_dict``; keys left out have their defaults. Raises InputError for an unknown key."""
-        return cls(**{name: SECTIONS[name](**table) for name, table in check_tables(SECTIONS, tables).items()})
+        sections: dict[str, Any] = {
+            name: SECTIONS[name](**table) for name, table in check_tables(SECTIONS, tables).items()
+        }
+        return cls(**sections)
 
     def to_toml(self) -> str:
         """As the text of a configuration file that reads back as this configuration."""

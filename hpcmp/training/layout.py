@@ -70,8 +70,8 @@ _KEYS = {
 def parse_layout(text: str, base: Layout) -> Layout:
     """The layout that ``text`` names: ``base`` with the values in it, and ``dp`` what is left unless it names that too.
 
-    Keys: dp, pp, tp, sp (0 or 1), schedule, recompute (0 or 1), and micro, which is no part of a Layout: ``with_layout``
-    takes it. Example: "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
+    Keys: dp, pp, tp, sp (0 or 1), schedule, recompute (0 or 1), and micro, which is no part of a Layout and is taken by
+    ``config.with_layout``. Example: "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
     """
     return read_layout(text, base)[0]
 

@@ -1,8 +1,8 @@
 """A frozen dataclass as the schema of a section of a configuration file.
 
-The type hint of a field says what a key may hold, its metadata the range, the meaning and the rule behind a default that
-follows from other keys. Checking, the messages of errors, TOML and the reference page all come from these, so that a key
-is described once. Types: int, float, str, bool, Literal of texts, tuple of numbers, and any of them ``| None``.
+The type hint of a field says what a key may hold, its metadata the range, the meaning and the rule behind a default
+that follows from other keys. Checks, the messages of errors, TOML and the reference page all come from these, so that
+a key is described once. Types: int, float, str, bool, Literal of texts, tuple of numbers, and any of them ``| None``.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def fill(section: Any, **values: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The type of a field: its base, the choices of a Literal, the length of a tuple (0: none), whether None is a value,
-    whether None stands for what follows from other fields."""
+    """The type of a field: its base, the choices of a Literal, the length of a tuple (0: none), whether None is a value
+    or stands for what follows from other fields."""
 
     base: type
     choices: tuple[str, ...]

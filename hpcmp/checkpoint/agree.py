@@ -1,0 +1,55 @@
+"""Failing together: what goes wrong on one rank is raised on all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HpcmpError
+
+if TYPE_CHECKING:
+    from ..comm.mesh import Mesh
+
+
+@contextmanager
+def agreed(mesh: Mesh | None, failed: Callable[[str, str], HpcmpError]) -> Iterator[None]:
+    """Run the body on every rank; if it raises on any, raise ``failed(who, why)``, the same everywhere.
+
+    Collective. The body must not wait for another rank after a point where it may raise. ``who`` is "" in a serial run.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    why = reason(failure) if failure else None
+    whys = [why] if mesh is None else mesh.gather_objects(why)
+    ranks = [rank for rank, text in enumerate(whys) if text is not None]
+    if ranks:
+        others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+        who = f"rank {ranks[0]}{others}: " if len(whys) > 1 else ""
+        raise failed(who, whys[ranks[0]]) from failure
+
+
+def broadcast(mesh: Mesh | None, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    return value if mesh is None or mesh.comm is None else mesh.comm.bcast(value)
+
+
+def gather(mesh: Mesh, value: Any) -> list[Any]:
+    """The values of all ranks on rank 0, and an empty list on the others."""
+    return [value] if mesh.comm is None else mesh.comm.gather(value) or []
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line that names the file if the system did."""
+    text = " ".join(str(error).split())
+    if isinstance(error, HpcmpError):
+        return text
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if found := re.search(r"error message = '([^']*)'", text):  # how HDF5 wraps the system's errors
+        return found[1]
+    return text if text and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,203 @@
+"""manifest.json: what a checkpoint holds and where each byte of it lies, under one digest.
+
+The file is the canonical JSON of its content, with the SHA-256 of the canonical JSON of all the rest: any other text is
+refused. The data files are covered by CRC-32s in the manifest, every byte once: a piece's numbers by the piece's digest, all
+else in a file (what HDF5 keeps there) by the file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .slab import Region, check_tiling
+
+NAME = "manifest.json"
+FORMAT = "hpcmp-checkpoint"
+VERSION = 1
+LIMIT = 64 << 20  # bytes of a manifest: some 400,000 pieces
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+_WORD = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+TENSOR = re.compile(rf"{_WORD}(/{_WORD})*")
+DATASET = re.compile(rf"{_WORD}(/{_WORD})*(@[0-9]+)?")
+FILE = re.compile(rf"{_WORD}\.h5")
+DIGEST = re.compile("[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a tensor, as one rank wrote it: in which dataset of which file, and the CRC-32 of its C-order bytes."""
+
+    file: str
+    dataset: str
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+    digest: str
+
+    @property
+    def region(self) -> Region:
+        """Where it lies in the tensor."""
+        return Region(self.start, self.count)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A global array: its pieces tile its shape. Numbers are little-endian on disk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file's length, where pieces' numbers lie in it as (offset, bytes), and the CRC-32 of all its other bytes."""
+
+    bytes: int
+    extents: tuple[tuple[int, int], ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: the optimizer step. saved: when, in UTC. storage: "files" or "mpio". state: the caller's, plain JSON."""
+
+    step: int
+    saved: str
+    storage: str
+    files: dict[str, DataFile]
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def render(self) -> bytes:
+        """The text of the file. Raises ValueError if it would be too long to be read again."""
+        text = _render({"format": FORMAT, "version": VERSION, **asdict(self)})
+        if len(text) > LIMIT:
+            raise ValueError(f"the manifest would have {len(text)} bytes; {LIMIT} is the most: save fewer, larger pieces")
+        return text
+
+    def origin(self, piece: Piece) -> tuple[int, ...]:
+        """Where in the tensor the first element of the piece's dataset lies."""
+        return piece.start if self.storage == "files" else (0,) * len(piece.start)
+
+    def dataset_shape(self, tensor: Tensor, piece: Piece) -> tuple[int, ...]:
+        """The shape of the piece's dataset: its own, or the tensor's where all ranks share a file."""
+        return piece.count if self.storage == "files" else tensor.shape
+
+
+def read(path: Path) -> tuple[Manifest, str]:
+    """The manifest in the file ``path``, and the SHA-256 of its text. Raises CheckpointError naming the file."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
+                raise CheckpointError(f"{path}: not a file of at most {LIMIT} bytes")
+            text = file.read(LIMIT)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    return parse(text, path), hashlib.sha256(text).hexdigest()
+
+
+def parse(text: bytes, path: Path) -> Manifest:
+    """The manifest of which ``text`` is the rendering, checked whole. Raises CheckpointError naming ``path``."""
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("this is not the manifest of a checkpoint")
+        content.pop("sha256", None)
+        if _render(content) != text:
+            raise ValueError("damaged: the text does not have the digest that is written in it")
+        if content["version"] != VERSION:
+            raise ValueError(f"format version {content['version']}; this hpcmp reads version {VERSION}")
+        return _checked(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not of the form of a manifest ({type(error).__name__}: {error})") from None
+
+
+def _render(content: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, sort_keys=True).encode() + b"\n"
+
+
+def _checked(content: dict[str, Any]) -> Manifest:
+    """Every value of the kind and in the range that the rest of the code relies on."""
+    if content["storage"] not in ("files", "mpio"):
+        raise ValueError(f"unknown storage {content['storage']!r}")
+    files = {}
+    for name, entry in content["files"].items():
+        _need(FILE.fullmatch(name), f"{name!r} is not the plain name of a data file")
+        extents = tuple(_integers(pair, 2) for pair in entry["extents"])
+        end = 0
+        for offset, length in extents:
+            _need(offset >= end, f"{name}: extents overlap")
+            end = offset + length
+        _need(_integers([entry["bytes"]])[0] >= end, f"{name}: extents end beyond the file")
+        files[name] = DataFile(entry["bytes"], extents, _matched(DIGEST, entry["digest"]))
+    tensors = {_matched(TENSOR, name): _tensor(name, entry, files) for name, entry in content["tensors"].items()}
+    used = dict.fromkeys(files, 0)
+    for tensor in tensors.values():
+        for piece in tensor.pieces:
+            used[piece.file] += piece.region.size * tensor.itemsize
+    for name, file in files.items():
+        _need(used[name] == sum(length for _, length in file.extents), f"{name}: extents and pieces differ in size")
+    _need(isinstance(content["state"], dict), "state is not an object")
+    _need(isinstance(content["saved"], str), "saved is not a text")
+    step = _integers([content["step"]])[0]
+    return Manifest(step, content["saved"], content["storage"], files, tensors, content["state"])
+
+
+def _tensor(name: str, entry: dict[str, Any], files: dict[str, DataFile]) -> Tensor:
+    shape = _integers(entry["shape"])
+    _need(entry["dtype"] in DTYPES, f"{name}: unknown dtype {entry['dtype']!r}")
+    pieces = []
+    for part in entry["pieces"]:
+        start, count = (_integers(part[key], len(shape)) for key in ("start", "count"))
+        within = all(0 < n and a + n <= whole for a, n, whole in zip(start, count, shape, strict=True))
+        _need(within, f"{name}: a piece lies outside the tensor")
+        _need(part["file"] in files, f"{name}: a piece lies in {part['file']!r}, which is not listed")
+        pieces.append(Piece(part["file"], _matched(DATASET, part["dataset"]), start, count, _matched(DIGEST, part["digest"])))
+    try:
+        check_tiling(shape, [piece.region for piece in pieces])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Tensor(shape, entry["dtype"], tuple(pieces))
+
+
+def _integers(values: Any, length: int | None = None) -> tuple[int, ...]:
+    _need(isinstance(values, list) and len(values) <= 32, "not a list of integers")
+    _need(length is None or len(values) == length, f"{len(values)} integers where there must be {length}")
+    _need(all(type(v) is int and 0 <= v < 2**62 for v in values), "not integers from 0 on")
+    return tuple(values)
+
+
+def _matched(pattern: re.Pattern[str], value: Any) -> str:
+    _need(isinstance(value, str) and pattern.fullmatch(value), f"{value!r} is not a name of the form {pattern.pattern}")
+    return str(value)
+
+
+def _need(condition: object, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
