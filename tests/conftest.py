@@ -17,7 +17,7 @@ pytest_plugins = ["tests.harness.plugin"]
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> Intracomm:
-    """``MPI.COMM_WORLD``, for tests marked ``mpi``. (A folder that all ranks share is pytest-mpi's ``mpi_tmp_path``.)"""
+    """``MPI.COMM_WORLD``, for tests marked ``mpi``. A folder that all ranks share is pytest-mpi's ``mpi_tmp_path``."""
     if request.node.get_closest_marker("mpi") is None:
         pytest.fail("the fixture `world` is for tests marked mpi: @pytest.mark.mpi", pytrace=False)
     from mpi4py import MPI

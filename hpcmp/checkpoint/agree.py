@@ -26,11 +26,11 @@ def agreed(mesh: Mesh | None, failed: Callable[[str, str], HpcmpError]) -> Itera
         failure = error
     why = reason(failure) if failure else None
     whys = [why] if mesh is None else mesh.gather_objects(why)
-    ranks = [rank for rank, text in enumerate(whys) if text is not None]
-    if ranks:
-        others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-        who = f"rank {ranks[0]}{others}: " if len(whys) > 1 else ""
-        raise failed(who, whys[ranks[0]]) from failure
+    found = [(rank, text) for rank, text in enumerate(whys) if text is not None]
+    if found:
+        rank, text = found[0]
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise failed(f"rank {rank}{others}: " if len(whys) > 1 else "", text) from failure
 
 
 def broadcast(mesh: Mesh | None, value: Any) -> Any:

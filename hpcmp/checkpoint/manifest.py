@@ -1,8 +1,8 @@
 """manifest.json: what a checkpoint holds and where each byte of it lies, under one digest.
 
 The file is the canonical JSON of its content, with the SHA-256 of the canonical JSON of all the rest: any other text is
-refused. The data files are covered by CRC-32s in the manifest, every byte once: a piece's numbers by the piece's digest, all
-else in a file (what HDF5 keeps there) by the file's.
+refused. The data files are covered by CRC-32s in the manifest, every byte once: a piece's numbers by the piece's
+digest, all else in a file (what HDF5 keeps there) by the file's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIGEST = re.compile("[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Piece:
-    """A region of a tensor, as one rank wrote it: in which dataset of which file, and the CRC-32 of its C-order bytes."""
+    """A region of a tensor, as one rank wrote it: in which dataset of which file; the CRC-32 of its C-order bytes."""
 
     file: str
     dataset: str
@@ -94,7 +94,9 @@ class Manifest:
         """The text of the file. Raises ValueError if it would be too long to be read again."""
         text = _render({"format": FORMAT, "version": VERSION, **asdict(self)})
         if len(text) > LIMIT:
-            raise ValueError(f"the manifest would have {len(text)} bytes; {LIMIT} is the most: save fewer, larger pieces")
+            raise ValueError(
+                f"the manifest would have {len(text)} bytes; {LIMIT} is the most: save fewer, larger pieces"
+            )
         return text
 
     def origin(self, piece: Piece) -> tuple[int, ...]:
@@ -149,13 +151,15 @@ def _checked(content: dict[str, Any]) -> Manifest:
     files = {}
     for name, entry in content["files"].items():
         _need(FILE.fullmatch(name), f"{name!r} is not the plain name of a data file")
-        extents = tuple(_integers(pair, 2) for pair in entry["extents"])
+        extents = []
         end = 0
-        for offset, length in extents:
+        for pair in entry["extents"]:
+            offset, length = _integers(pair, 2)
             _need(offset >= end, f"{name}: extents overlap")
             end = offset + length
+            extents.append((offset, length))
         _need(_integers([entry["bytes"]])[0] >= end, f"{name}: extents end beyond the file")
-        files[name] = DataFile(entry["bytes"], extents, _matched(DIGEST, entry["digest"]))
+        files[name] = DataFile(entry["bytes"], tuple(extents), _matched(DIGEST, entry["digest"]))
     tensors = {_matched(TENSOR, name): _tensor(name, entry, files) for name, entry in content["tensors"].items()}
     used = dict.fromkeys(files, 0)
     for tensor in tensors.values():
@@ -178,7 +182,9 @@ def _tensor(name: str, entry: dict[str, Any], files: dict[str, DataFile]) -> Ten
         within = all(0 < n and a + n <= whole for a, n, whole in zip(start, count, shape, strict=True))
         _need(within, f"{name}: a piece lies outside the tensor")
         _need(part["file"] in files, f"{name}: a piece lies in {part['file']!r}, which is not listed")
-        pieces.append(Piece(part["file"], _matched(DATASET, part["dataset"]), start, count, _matched(DIGEST, part["digest"])))
+        pieces.append(
+            Piece(part["file"], _matched(DATASET, part["dataset"]), start, count, _matched(DIGEST, part["digest"]))
+        )
     try:
         check_tiling(shape, [piece.region for piece in pieces])
     except ValueError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import Array
 
@@ -31,12 +32,14 @@ class Region:
     def intersection(self, other: Region) -> Region | None:
         """What two regions share; None if nothing."""
         start = tuple(map(max, self.start, other.start))
-        stop = tuple(min(a + n, b + m) for a, n, b, m in zip(self.start, self.count, other.start, other.count, strict=True))
+        stop = tuple(
+            min(a + n, b + m) for a, n, b, m in zip(self.start, self.count, other.start, other.count, strict=True)
+        )
         count = tuple(b - a for a, b in zip(start, stop, strict=True))
         return Region(start, count) if all(n > 0 for n in count) else None
 
     def blocks(self, itemsize: int) -> Iterator[Region]:
-        """The region cut into parts of at most BLOCK bytes, whose elements follow one another in the region's C order."""
+        """The region cut into parts of at most BLOCK bytes, whose elements follow one another in its C order."""
         axis, inner = len(self.count), itemsize
         while axis and inner * self.count[axis - 1] <= BLOCK:
             axis -= 1
@@ -63,7 +66,8 @@ class Slab:
     """This rank's part of a global array.
 
     name: of the array, the same on all ranks, such as ``model/blocks/7/mlp/up/weight``. shape: of the whole. index: one
-    slice an axis, in the whole's coordinates. data: the array of exactly that part, NumPy or CuPy, a strided view or not.
+    slice an axis, in the whole's coordinates. data: the array of exactly that part, NumPy or CuPy, a strided view or
+    not.
     """
 
     name: str
@@ -87,12 +91,12 @@ class Slab:
 
 
 def check_tiling(shape: tuple[int, ...], regions: Sequence[Region]) -> None:
-    """Raise ValueError unless the regions, each within ``shape``, cover it exactly once: right volume, and no two meet."""
+    """ValueError unless the regions, each within ``shape``, cover it exactly once: right volume, and no two meet."""
     start = np.array([r.start for r in regions], np.int64).reshape(len(regions), len(shape))
     stop = start + np.array([r.count for r in regions], np.int64).reshape(start.shape)
     for first in range(0, len(regions), 256):
         a, b = start[first : first + 256, None], stop[first : first + 256, None]
-        meets = ((a < stop) & (start < b)).all(axis=2)
+        meets: NDArray[np.bool_] = np.all((a < stop) & (start < b), axis=2)
         meets[np.arange(len(meets)), np.arange(first, first + len(meets))] = False  # a region and itself
         if meets.any():
             i, j = np.argwhere(meets)[0]

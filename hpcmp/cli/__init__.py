@@ -14,7 +14,7 @@ from ..errors import HpcmpError
 from . import common
 
 #: The commands, in the order of the help page: ``hpcmp.cli.NAME`` has ``register(subparsers)``.
-COMMANDS = ("doctor",)
+COMMANDS = ("train", "verify", "generate", "data", "doctor")
 
 
 def parser() -> common.Parser:

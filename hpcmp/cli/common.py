@@ -122,15 +122,15 @@ def fail(code: int, error: BaseException, text: str, as_json: bool) -> int:
     silences those behind it: the lowest rank that has the error is heard, once, within seconds.
 
     Before MPI joins the ranks nobody can end the job. Then rank 0 speaks, and after its turn the first rank of each
-    host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends the
-    job at the first failed process has silenced the others by then, so under it every rank speaks after its turn.
+    host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends
+    the job at the first failed process has silenced the others by then: under it every rank speaks after its turn.
     """
     rank, size, mpi = _world()
     _await_turn(rank)
     started = launcher()
     first_here = started is not None and started.local_rank == 0 and not isinstance(error, UsageError)
     if rank == 0 or mpi is not None or first_here or (started is not None and started.ends_job):
-        if text and rank > 0:
+        if text and (rank > 0 or (size > 1 and code == INTERNAL)):
             text = f"hpcmp: rank {rank} of {size} on host {socket.gethostname()}\n{text}"
         if as_json and text:
             print(to_json({"error": str(error), "exit_code": code}), flush=True)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hpcmp.cli.common import parent
+from ..errors import CheckFailed, DataError
+from .common import parent
 
 CLEAR = "\r\x1b[K"  # to the start of the terminal's line, and wipe it
 
@@ -80,7 +81,7 @@ def register(subparsers: Any) -> None:
     )
     make.add_argument("--seed", type=int, default=0, help="another seed holds out other documents (default 0)")
     make.add_argument("--overwrite", action="store_true", help="replace FILE, whatever it is")
-    make.set_defaults(run=run_prepare)
+    make.set_defaults(run=run_prepare, show=show_prepare)
 
     check = actions.add_parser(
         "verify",
@@ -91,12 +92,12 @@ def register(subparsers: Any) -> None:
         parents=[parent],
     )
     check.add_argument("file", metavar="FILE", help="the token file")
-    check.set_defaults(run=run_verify)
+    check.set_defaults(run=run_verify, show=show_verify)
 
 
 def run_prepare(args: argparse.Namespace) -> dict[str, Any]:
     """``hpcmp data prepare``; the result is ``Prepared`` as a dictionary, and the seconds it took."""
-    from hpcmp.data.prepare import prepare
+    from ..data.prepare import prepare
 
     start = time.monotonic()
     terminal = sys.stderr.isatty()
@@ -115,32 +116,46 @@ def run_prepare(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         if terminal:
             print(CLEAR, end="", file=sys.stderr, flush=True)
-    seconds = time.monotonic() - start
-    if not args.json:
-        print(f"{made.output}: written in {seconds:.1f} s" if made.status == "written" else f"{made.output}: unchanged")
-        print(f"  {made.tokens:,} tokens ({made.tokenizer}, vocabulary {made.vocabulary:,})", end="")
-        print(f" from {made.files:,} files, {made.bytes / 1e6:,.1f} MB of text")
-        for name, split in made.splits.items():
-            print(f"  {name}  {split['documents']:>9,} documents  {split['tokens']:>15,} tokens")
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in made.skipped.items() if count)
-        print(f"  left out: {left_out or 'nothing'}")
-        for note in made.notes:
-            print(f"  note: {note}")
-    return {**made.as_dict(), "seconds": round(seconds, 3)}
+    return {**made.as_dict(), "seconds": round(time.monotonic() - start, 3)}
+
+
+def show_prepare(result: dict[str, Any]) -> str:
+    """The result of ``hpcmp data prepare`` as text."""
+    written = f"written in {result['seconds']:.1f} s"
+    lines = [
+        f"{result['output']}: {written if result['status'] == 'written' else 'already made from these files'}",
+        f"  {result['tokens']:,} tokens ({result['tokenizer']}, vocabulary {result['vocabulary']:,}) from "
+        f"{result['files']:,} files, {result['bytes']:,} bytes of text",
+    ]
+    for name, split in result["splits"].items():
+        lines.append(f"  {name}  {split['documents']:>9,} documents  {split['tokens']:>15,} tokens")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in result["skipped"].items() if count)
+    lines.append(f"  left out: {left_out or 'nothing'}")
+    return "\n".join(lines + [f"  note: {note}" for note in result["notes"]])
 
 
 def run_verify(args: argparse.Namespace) -> dict[str, Any]:
-    """``hpcmp data verify``; the result says what is in the file. A damaged one raises DataError."""
-    from hpcmp.data.tokens import SPLITS, TokenFile
+    """``hpcmp data verify``; the result says what is in the file. A token file with damaged contents: CheckFailed."""
+    from ..data.tokens import SPLITS, TokenFile
 
     with TokenFile(args.file) as file:
-        file.verify()
-        tokens = {name: len(file.split(name)) for name in SPLITS}
-        result = {"file": str(file.path), "status": "whole", "tokenizer": file.tokenizer_name, "tokens": tokens}
-        if not args.json:
-            counts = ", ".join(f"{count:,} tokens in {name}" for name, count in tokens.items())
-            print(f"{file.path}: whole. {counts}; {file.tokenizer_name}, vocabulary {file.vocabulary:,}")
-    return {**result, "vocabulary": file.vocabulary}
+        try:
+            file.verify()
+        except DataError as error:
+            raise CheckFailed(str(error)) from None
+        return {
+            "file": str(file.path),
+            "status": "whole",
+            "tokenizer": file.tokenizer_name,
+            "vocabulary": file.vocabulary,
+            "tokens": {name: len(file.split(name)) for name in SPLITS},
+        }
+
+
+def show_verify(result: dict[str, Any]) -> str:
+    """The result of ``hpcmp data verify`` as text."""
+    tokens = ", ".join(f"{count:,} tokens in {name}" for name, count in result["tokens"].items())
+    return f"{result['file']}: whole; {tokens}; {result['tokenizer']}, vocabulary {result['vocabulary']:,}"
 
 
 def _progress() -> Callable[[int, int], None]:

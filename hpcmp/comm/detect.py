@@ -76,6 +76,27 @@ def _srun_local_size(environ: Mapping[str, str]) -> int | None:
     return tasks[node] if node is not None and node < len(tasks) else None
 
 
+def start_mpi() -> Any:
+    """The module ``mpi4py.MPI``, initialised, with all processes of the job in its COMM_WORLD.
+
+    Raises InputError for the wrong mpiexec, before MPI_Init where that can be told, since there some libraries abort;
+    ImportError or RuntimeError where there is no mpi4py or no MPI library.
+    """
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        if wrong := _other_mpi(MPI.get_vendor()[0]):
+            raise InputError(wrong)
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if wrong := wrong_mpiexec(MPI.COMM_WORLD.size):
+        raise InputError(wrong)
+    return MPI
+
+
 def wrong_mpiexec(world_size: int) -> str | None:
     """What to do when a launcher started several processes and each is alone in ``COMM_WORLD``; None if all is well.
 
@@ -84,19 +105,29 @@ def wrong_mpiexec(world_size: int) -> str | None:
     started = launcher()
     if started is None or started.size == 1 or world_size != 1:
         return None
-    library = mpi_library()
-    problem = (
-        f"{started.name} started {started.size} processes, but each is a world of 1 rank for the MPI library in use"
-    )
     if started.name == "srun":
         advice = (
             "start with `srun --mpi=pmix` (`srun --mpi=list` shows what there is), or with mpirun in the allocation"
         )
-    elif own := _mpiexec(library):
-        advice = f"start with {own}"
     else:
-        advice = "start with the mpiexec that belongs to this library"
-    return f"{problem} ({library or 'unknown'}): {advice}"
+        advice = _start_with()
+    return f"{started.name} started {started.size} processes, and MPI sees {started.size} jobs of 1 rank: {advice}"
+
+
+def _other_mpi(vendor: str) -> str | None:
+    """The same before MPI_Init, from the name of the library alone."""
+    started = launcher()
+    foreign = {"Open MPI": ("MPICH", "Intel MPI", "MVAPICH"), "MPICH Hydra": ("Open MPI", "Spectrum MPI")}
+    if started is None or started.size == 1 or vendor not in foreign.get(started.name, ()):
+        return None
+    return f"{started.name} started {started.size} processes, and they use {vendor}: {_start_with()}"
+
+
+def _start_with() -> str:
+    library = mpi_library()
+    if own := _mpiexec(library):
+        return f"start with {own}, which belongs to {library}"
+    return f"start with the mpiexec that belongs to {library or 'the MPI library in use'}"
 
 
 def _mpiexec(library: Path | None) -> Path | None:
@@ -198,7 +229,5 @@ def oversubscription(local_size: int, shares: Sequence[Share] | None = None) -> 
     threads = sum(s.threads for s in shares)
     if threads <= cores:
         return None
-    per_rank = max(1, cores // local_size)
-    return f"{threads} threads of {local_size} ranks share {cores} cores: set OMP_NUM_THREADS={per_rank}" + (
-        f" and start at most {cores} ranks" if local_size > cores else ""
-    )
+    advice = f"start at most {cores} ranks" if local_size > cores else f"set OMP_NUM_THREADS={cores // local_size}"
+    return f"{threads} threads of {local_size} ranks share {cores} cores: {advice}"

@@ -6,11 +6,11 @@ Sampler     sample number -> where its tokens start      (a pure function of see
 Batches     step -> this rank's inputs and targets
 """
 
-from hpcmp.data.loader import Batch, Batches
-from hpcmp.data.prepare import Prepared, prepare
-from hpcmp.data.sampler import Sampler
-from hpcmp.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_from
-from hpcmp.data.tokens import Split, TokenFile
+from .loader import Batch, Batches
+from .prepare import Prepared, prepare
+from .sampler import Sampler
+from .tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_from
+from .tokens import Split, TokenFile
 
 __all__ = [
     "Batch",

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from hpcmp.errors import InputError
+from ..errors import InputError
 
-PIECE = 1 << 22  # bytes of a document held at once; longer documents come in pieces that end at a line's end
+PIECE = 1 << 17  # bytes; longer documents come in pieces of about this size, which end at a line's end
 
 
 class Skip(Exception):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.errors import DataError
+from ..errors import DataError
 
 BLOCK = 1 << 20  # elements read or written at once where a whole dataset is gone through
 SIGNATURE = b"\x89HDF\r\n\x1a\n"

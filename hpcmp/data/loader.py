@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.data.sampler import Sampler
-from hpcmp.data.tokens import Split
-from hpcmp.errors import DataError
+from ..errors import DataError
+from .sampler import Sampler
+from .tokens import Split
 
 
 class Batch(NamedTuple):

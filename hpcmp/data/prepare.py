@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcmp.data.corpus import PIECE, SKIPPED, Corpus, Document, Skip, read
-from hpcmp.data.publish import publish
-from hpcmp.data.tokenizer import Tokenizer, digest, load_tokenizer
-from hpcmp.data.tokens import SPLITS, VERSION, TokenFile
-from hpcmp.data.writer import Spool, write
-from hpcmp.errors import InputError
+from ..errors import InputError
+from .corpus import SKIPPED, Corpus, Document, Skip, read
+from .publish import publish
+from .tokenizer import Tokenizer, digest, load_tokenizer
+from .tokens import SPLITS, VERSION, TokenFile
+from .writer import Spool, write
 
+BATCH = 1 << 22  # bytes of text tokenised at once: many pieces for a tokenizer's threads, at some 100 bytes a byte
 SMALL = 10_000  # tokens in a split, below which the report says what sequences it can serve
 
 
@@ -147,12 +148,12 @@ def _tokenise(
 
 
 def _batches(pieces: Iterator[tuple[Spool, bytes, bool]]) -> Iterator[list[tuple[Spool, bytes, bool]]]:
-    """Pieces in order, in lists of about ``PIECE`` bytes: enough for a tokenizer to use every core."""
+    """Pieces in order, in lists of about ``BATCH`` bytes."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
-        if size >= PIECE:
+        if size >= BATCH:
             yield batch
             batch, size = [], 0
     if batch:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hpcmp.data.hdf5 import reason
-from hpcmp.errors import InputError
+from ..errors import InputError
+from .hdf5 import reason
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.data.tokens import Split
-from hpcmp.errors import DataError, InputError
-from hpcmp.random import key
+from ..errors import DataError, InputError
+from ..random import key
+from .tokens import Split
 
 ROUNDS = 8
 
@@ -28,8 +28,8 @@ class Sampler:
     """The order of samples over ``tokens`` tokens, each sample ``sequence`` + 1 consecutive ones.
 
     An epoch has W = tokens // sequence - 1 windows, at least 1. That leaves fewer than 2 * sequence tokens out, before
-    the first window and after the last, others each epoch, and no token is left out always. ``digest`` identifies the data and
-    ``name`` names it in errors. The only state is ``samples``, the number of samples consumed.
+    the first window and after the last, others each epoch, and no token is left out always. ``digest`` identifies the
+    data and ``name`` names it in errors. The only state is ``samples``, the number of samples consumed.
 
     Raises DataError if there are fewer than ``sequence`` + 1 tokens.
     """

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.errors import InputError
+from ..errors import InputError
 
 #: Names under which well-known tokenizers hold their end-of-document token, looked up in this order.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<EOS>", "[SEP]")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.data import hdf5
-from hpcmp.data.corpus import SKIPPED
-from hpcmp.data.tokenizer import Tokenizer, tokenizer_from
-from hpcmp.errors import DataError
+from ..errors import DataError
+from . import hdf5
+from .corpus import SKIPPED
+from .tokenizer import Tokenizer, tokenizer_from
 
 FORMAT = "hpcmp-tokens"
 VERSION = 1

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmp.data import hdf5
-from hpcmp.data.tokenizer import Tokenizer, digest
-from hpcmp.data.tokens import FORMAT, VERSION
+from . import hdf5
+from .tokenizer import Tokenizer, digest
+from .tokens import FORMAT, VERSION
 
 
 class Spool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,39 +26,34 @@ class Group:
     comm: Communicator
     xp: ModuleType
 
-    def gather(self, value: float) -> Host:
-        """Every rank's value, in order."""
-        return to_host(self.comm.all_gather(self.xp.asarray([float(value)])).wait())
+    def gather(self, values: Sequence[float] | Host) -> Host:
+        """Every rank's numbers, (ranks, len(values)): the same on every rank, and so is what follows from them."""
+        return to_host(self.comm.all_gather(self.xp.asarray([values], np.float64)).wait())
 
     def sum(self, x: Host) -> Host:
         """Over the ranks, on every rank."""
         return to_host(self.comm.all_reduce(self.xp.asarray(x)).wait())
 
-    def most(self, value: float) -> float:
-        """The largest on any rank; nan if any is."""
-        return float(self.gather(value).max())
-
     def agree(self, problem: str) -> None:
         """Raise on every rank, with the words of the first rank that has a problem, if any has one."""
         words = problem.encode()
-        sizes = self.gather(len(words)).astype(int)
+        sizes = self.gather([len(words)])[:, 0]
         if not sizes.any():
             return
         first = int(np.flatnonzero(sizes)[0])
-        text = np.frombuffer(words if self.comm.rank == first else bytes(sizes[first]), np.uint8)
+        text = np.frombuffer(words if self.comm.rank == first else bytes(int(sizes[first])), np.uint8)
         said = to_host(self.comm.broadcast(self.xp.asarray(text), first).wait()).tobytes().decode()
         raise AssertionError(said if self.comm.size == 1 else f"{said} (rank {first} of {self.comm.size})")
 
-    def check(self, errors: dict[str, float], tolerance: float, message: str) -> None:
-        """Every error is at most ``tolerance``, and a number."""
-        wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-        listed = ", ".join(f"{name}: {error:.1e}" for name, error in wrong.items())
-        self.agree(f"{message}: {listed} (at most {tolerance:g})" if wrong else "")
+
+def check(errors: dict[str, float], tolerance: float, message: str) -> None:
+    """Every error is a number, at most ``tolerance``. The errors are the same on every rank."""
+    wrong = ", ".join(f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance)
+    if wrong:
+        raise AssertionError(f"{message}: {wrong} (at most {tolerance:g})")
 
 
-def draw(
-    shape: tuple[int, ...], layout: str, comm: Communicator, seed: int = 0, dtype: DTypeLike = np.float64
-) -> Host:
+def draw(shape: tuple[int, ...], layout: str, comm: Communicator, seed: int = 0, dtype: DTypeLike = np.float64) -> Host:
     """Standard normal numbers: the same on every rank of ``comm`` for layout I, different for V and P."""
     rank = 0 if layout == "I" else 1 + comm.rank
     return np.asarray(np.random.default_rng((seed, rank)).standard_normal(shape)).astype(dtype)
@@ -100,11 +96,21 @@ def copy(value: Any) -> Any:
     return value.astype(np.float64 if value.dtype.kind == "f" else value.dtype)
 
 
-def square(x: Array) -> float:
-    """sum x^2, in float64."""
-    return float(np.square(to_host(x), dtype=np.float64).sum())
+def pack(items: list[Array], like: Any) -> Any:
+    """``items`` as the tuple, or the array alone, that ``like`` is."""
+    return tuple(items) if isinstance(like, tuple) else items[0]
+
+
+def shapes(value: Any) -> list[tuple[int, ...]]:
+    """The shape of every array."""
+    return [np.shape(leaf) for leaf in leaves(value)]
+
+
+def dot(a: Array, b: Array) -> float:
+    """a . b of this rank, accumulated in float64."""
+    return float((to_host(a).astype(np.float64) * to_host(b)).sum())
 
 
 def rms(x: Host) -> float:
     """The root of the mean square."""
-    return math.sqrt(square(x) / max(1, x.size))
+    return math.sqrt(dot(x, x) / max(1, x.size))

@@ -12,7 +12,7 @@ from ..arrays import array_module, to_host
 from ..comm.base import Communicator
 from ..layers.parallel import TensorParallel
 from ..module import Module, Parameter
-from .group import Group, complete, draw, leaves, prepare
+from .group import Group, check, complete, draw, leaves, pack, prepare, shapes
 
 Cut = Callable[[Any, TensorParallel], Any]
 
@@ -42,45 +42,47 @@ def equals_serial(
     cut_x, cut_y = cut_x or activations, cut_y or activations
     group = Group(parallel.tp, array_module(leaves(x)[0]))
     serial, sharded = build(TensorParallel(cursor=parallel.cursor)), build(parallel)
+    name = f"{type(serial).__name__} on {parallel.tp.size} ranks"
     wholes = {p.name: p for p in prepare(serial, seed, group.xp)}
     shards = {p.name: p for p in prepare(sharded, seed, group.xp)}
-    shapes = [{name: p.shape for name, p in some.items()} for some in (wholes, shards)]
-    group.agree("" if shapes[0] == shapes[1] else f"parameters differ: serial {shapes[0]}, here {shapes[1]}")
+    expected, here = ({name: p.shape for name, p in some.items()} for some in (wholes, shards))
+    group.agree("" if here == expected else f"{name}: parameters {here}, and serial {expected}")
     assert_owned_once(list(shards.values()), parallel.tp)
 
     y, saved = serial.forward(x)
-    dys = [group.xp.asarray(draw(leaf.shape, "I", parallel.tp, seed + i)) for i, leaf in enumerate(leaves(y), 1)]
-    dy = tuple(dys) if isinstance(y, tuple) else dys[0]
+    dys = [group.xp.asarray(draw(np.shape(v), "I", parallel.tp, seed + i)) for i, v in enumerate(leaves(y), 1)]
+    dy = pack(dys, y)
     dx = serial.backward(dy, saved, wgrad.now)
     y_here, saved = sharded.forward(cut_x(x, parallel))
     dx_here = sharded.backward(cut_y(dy, parallel), saved, wgrad.now)
 
-    slabs = {name: (complete(p, parallel.tp), wholes[name].grad[p.index]) for name, p in shards.items()}
-    found = {"output": (y_here, cut_y(y, parallel)), **slabs}
-    largest = {"output": _largest(y)} | {name: _largest(p.grad) for name, p in wholes.items()}
-    if dx is not None:
-        found["input"], largest["input"] = (dx_here, cut_x(dx, parallel)), _largest(dx)
-    errors, floor = {}, max(1e-3 * max(largest.values()), 1e-300)
-    for name, (here, expected) in found.items():
-        shapes = [[np.shape(leaf) for leaf in leaves(value)] for value in (here, expected)]
-        group.agree("" if shapes[0] == shapes[1] else f"{name}: shape {shapes[0]}, not {shapes[1]}")
-        difference = [to_host(a) - to_host(b) for a, b in zip(leaves(here), leaves(expected), strict=True)]
-        errors[name] = group.most(_largest(tuple(difference))) / max(largest[name], floor)
-    group.check(errors, tolerance, f"{type(serial).__name__} on {parallel.tp.size} ranks differs from serial")
+    slabs = {"output": (y_here, cut_y(y, parallel)), "input": (dx_here, None if dx is None else cut_x(dx, parallel))}
+    slabs |= {name: (complete(p, parallel.tp), wholes[name].grad[p.index]) for name, p in shards.items()}
+    unlike = [f"{k} has shape {shapes(a)}, not {shapes(b)}" for k, (a, b) in slabs.items() if shapes(a) != shapes(b)]
+    group.agree(f"{name}: {', '.join(unlike)}" if unlike else "")
+    differences = group.gather([_difference(*pair) for pair in slabs.values()]).max(0)
+    sizes = [_largest(y), _largest(dx), *(_largest(wholes[name].grad) for name in shards)]
+    floor = max(1e-3 * max(sizes), 1e-300)
+    errors = {k: float(d / max(n, floor)) for k, d, n in zip(slabs, differences, sizes, strict=True)}
+    check(errors, tolerance, f"{name} differs from serial")
     return errors
 
 
 def assert_owned_once(parameters: list[Parameter], comm: Communicator) -> None:
     """Over the ranks of ``comm`` the owned parts lie inside the shards, and tile every parameter exactly once."""
+    problems = []
     for p in parameters:
-        group, count = Group(comm, array_module(p.data)), np.zeros(p.shape)
+        count = np.zeros(p.shape)
         count[p.owned] = 1
-        empty = not count.any()
-        inside = empty or all(s.start <= o.start and o.stop <= s.stop for o, s in zip(p.owned, p.index, strict=True))
-        group.agree("" if inside else f"{p.name}: owned {p.owned} is not inside index {p.index}")
-        count = group.sum(count)
-        wrong = f"{p.name}: owned between {count.min(initial=1):g} and {count.max(initial=1):g} times, not once"
-        group.agree("" if (count == 1).all() else wrong)
+        outside = count.any() and any(
+            o.start < s.start or o.stop > s.stop for o, s in zip(p.owned, p.index, strict=True)
+        )
+        if outside:
+            problems.append(f"{p.name}: owned {p.owned} is not inside index {p.index}")
+        count = Group(comm, array_module(p.data)).sum(count)
+        if not (count == 1).all():
+            problems.append(f"{p.name}: a number is owned {count.min():g} to {count.max():g} times")
+    Group(comm, array_module(parameters[0].data) if parameters else np).agree("; ".join(problems))
 
 
 def activations(x: Any, parallel: TensorParallel) -> Any:
@@ -107,3 +109,7 @@ def share(axis: int) -> Cut:
 def _largest(x: Any) -> float:
     """The largest magnitude; nan if any number is."""
     return float(np.max([np.abs(to_host(leaf)).max(initial=0) for leaf in leaves(x)], initial=0))
+
+
+def _difference(a: Any, b: Any) -> float:
+    return max((_largest(x - y) for x, y in zip(leaves(a), leaves(b), strict=True)), default=0.0)

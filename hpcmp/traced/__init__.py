@@ -38,8 +38,9 @@ class Traced(Module):
 
     fn is written with NumPy's operators, functions and methods, and works on NumPy and CuPy arrays alike. ``RULES``
     holds the functions that it may call, and can be added to; anything else raises TypeError, as does what would change
-    a traced array in place or turn it into a plain one. Other arrays that fn uses are constants, and so are the results
-    of comparisons and of the other functions in ``CONSTANT``. fn must not change any array that it has used.
+    a traced array in place or turn it into a plain one. The results of comparisons and of the other functions in
+    ``CONSTANT`` are constants; so is every array that fn has from elsewhere, the parameters of another module that fn
+    calls among them. fn must not change an array that it has used. CuPy refuses ``constant @ traced``: write np.matmul.
 
     x: an array, or a tuple of arrays: fn(*x, **parameters). Integer and boolean arrays reach fn as they are and get no
     gradient. y: an array, or a tuple of arrays, as fn returns it. dx and dy are arrays or tuples as x and y are, with
@@ -58,6 +59,9 @@ class Traced(Module):
     def forward(self, x: Any) -> tuple[Any, Saved]:
         several = isinstance(x, tuple)
         arrays = x if several else (x,)
+        for array in arrays:
+            if isinstance(array, Tracer) or not hasattr(array, "dtype"):
+                raise TypeError(f"x must be an array or a tuple of arrays, not {type(array).__name__}")
         tape = Tape(array_module(arrays[0]))
         inputs = [_input(tape, array) for array in arrays]
         weights = {name: _weight(tape, name, parameter) for name, parameter in self.weights.items()}
@@ -87,10 +91,6 @@ class Traced(Module):
 
 
 def _input(tape: Tape, array: Array) -> Array | Tracer:
-    if not hasattr(array, "dtype"):
-        raise TypeError(
-            f"the input of a traced function must be an array or a tuple of arrays, not {type(array).__name__}"
-        )
     if not is_float(array.dtype):
         return array
     return Tracer(array, tape, tape.record(Node(array.shape, array.dtype, late=False)))

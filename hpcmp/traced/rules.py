@@ -28,8 +28,8 @@ def power(y: Array, a: Array, b: Array) -> tuple[Pullback, Pullback]:
     """a^b; da = b a^(b-1) dy, which is 0 for b = 0 even where a = 0; db = y log(a) dy, which is 0 where a = 0."""
 
     def da(dy: Array) -> Array:
-        # A Python scalar stays one, so that it does not widen float32 arrays.
-        less = (b - 1 if b else 1) if isinstance(b, int | float) else np.where(b == 0, 1, b - 1)
+        scalar: bool = np.isscalar(b)  # stays one, so that it does not widen float32 arrays
+        less = (b - 1 if b else 1) if scalar else np.where(b == 0, 1, b - 1)
         return dy * (b * a**less)
 
     return da, lambda dy: dy * y * np.log(np.where(a == 0, 1, a))

@@ -22,6 +22,11 @@ def astype(x: Array, dtype: DTypeLike) -> Array:
     return x.astype(dtype)
 
 
+def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which to add up: 16-bit floats are summed in 32 bits."""
+    return np.promote_types(dtype, np.float32)
+
+
 def to_shape(shape: Shape) -> Pullback:
     """The pullback of every reshape."""
     return lambda dy: dy.reshape(shape)
@@ -65,9 +70,10 @@ def scatter(shape: Shape, key: Any) -> Pullback:
     """The pullback of y = x[key]: zeros of ``shape``, with dy added at ``key``, where an element may recur."""
 
     def pull(dy: Array) -> Array:
-        dx = np.zeros_like(dy, shape=shape)
+        xp, dy = array_module(dy), dy.astype(wide(dy.dtype), copy=False)
+        dx = xp.zeros(shape, dy.dtype)
         if any(_may_repeat(part) for part in (key if isinstance(key, tuple) else (key,))):
-            array_module(dx).add.at(dx, key, dy)
+            xp.add.at(dx, key, dy)
         else:
             dx[key] = dy
         return dx

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import Array
-from .shapes import Pullback, Shape
+from .shapes import Pullback, Shape, wide
 
 
 class Node(NamedTuple):
@@ -94,8 +94,7 @@ def _fit(gradient: Array, node: Node) -> Array:
     long = [extra + i for i, n in enumerate(node.shape) if n == 1 != gradient.shape[extra + i]]
     axes = (*range(extra), *long)
     if axes:
-        # Sums of 16-bit floats are taken in 32 bits.
-        gradient = gradient.sum(axis=axes, dtype=np.promote_types(gradient.dtype, np.float32)).reshape(node.shape)
+        gradient = gradient.sum(axis=axes, dtype=wide(gradient.dtype)).reshape(node.shape)
     if gradient.shape != node.shape:
         raise ValueError(f"a gradient of shape {gradient.shape} for a value of shape {node.shape}")
     return gradient.astype(node.dtype, copy=False)

@@ -84,6 +84,9 @@ class Tracer(NDArrayOperatorsMixin):
     def transpose(self, *axes: Any) -> Any:
         return _apply(np.transpose, self, axes[0] if len(axes) == 1 else axes or None)
 
+    def clip(self, min: Any = None, max: Any = None) -> Any:
+        return _apply(np.clip, self, min, max)
+
     def flatten(self) -> Any:
         return _apply(np.ravel, self)
 

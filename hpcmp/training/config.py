@@ -15,7 +15,8 @@ from .layout import Layout as Layout
 from .layout import check_layout as check_layout
 from .layout import parse_layout as parse_layout
 from .layout import read_layout
-from .schema import COUNT, POSITIVE, SHARE, SIZE, Section, check_tables, derived, fill, option, read_override, read_toml
+from .schema import COUNT, POSITIVE, SHARE, SIZE, Section, check_tables, derived, fill, option, read_override
+from .toml import read_toml, to_toml
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Config:
 
     def to_toml(self) -> str:
         """As the text of a configuration file that reads back as this configuration."""
-        return schema.to_toml({name: getattr(self, name) for name in SECTIONS})
+        return to_toml({name: getattr(self, name) for name in SECTIONS})
 
 
 #: The class of every section, in the order of the file.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
-from .schema import POSITIVE, SIZE, Section, checked, derived, fill, literal, nearest, option
+from .schema import POSITIVE, SIZE, Section, checked, derived, fill, nearest, option
+from .toml import literal
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import numbers
 import os
-import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal
 
 from ..errors import InputError
+from .toml import literal
 
 COUNT, SIZE, POSITIVE, SHARE = "[0, inf)", "[1, inf)", "(0, inf)", "[0, 1)"  # intervals that options share
 
@@ -150,34 +149,6 @@ def _within(span: str) -> str:
     return f" {'of at least' if span[0] == '[' else 'above'} {low:g}"
 
 
-def literal(value: Any) -> str:
-    """``value`` in TOML (shortened when it is long and no value of a section)."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(literal, value))}]"
-    text = "nothing" if value is None else "a table" if isinstance(value, dict) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tables of a TOML file. Raises InputError naming the file, and the line where it is broken."""
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
-        what, line = found.groups() if found else (str(error), None)
-        place = f", line {line}" if line else ", at its end" if found else ""
-        raise InputError(f"{path}{place}: {what}") from None
-
-
 def read_override(sections: Mapping[str, type], text: str) -> dict[str, Any]:
     """The tables that an override ``section.key=value`` stands for: the value is TOML, or a bare word for text."""
     name, equals, word = text.partition("=")
@@ -229,19 +200,6 @@ def nearest(word: str, known: Mapping[str, Any] | Sequence[str], form: str = "{}
     """The end of a message about an unknown ``word``: the nearest known one, or all of them."""
     close = difflib.get_close_matches(word, known, 1, 0.6 if len(word) > 2 else 0.5)
     return f"; did you mean {form.format(close[0])}?" if close else f"; there are {', '.join(known)}"
-
-
-def to_toml(sections: Mapping[str, Any]) -> str:
-    """Sections as TOML text that reads back as the same values. An unset key is left out where that is its default."""
-    tables = []
-    for name, section in sections.items():
-        lines = [f"[{name}]"]
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if value is not None or field.default is not None:
-                lines.append(f"{field.name} = {literal('none' if value is None else value)}")
-        tables.append("\n".join(lines) + "\n")
-    return "\n".join(tables)
 
 
 def reference(sections: Mapping[str, type]) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import random
 from ..arrays import to_host
 from ..comm.mesh import Mesh
+from ..data.loader import Batches
+from ..data.sampler import Sampler
+from ..data.tokens import TokenFile
 from ..errors import InputError
 from ..module import Index, Parameter
 from .config import Config, Layout
@@ -21,7 +25,7 @@ from .engine import Engine
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: (config, share of the global batch) -> for each step: inputs, targets (S, samples) and samples' indices
+#: (step, share of the global batch) -> inputs, targets (S, samples) and the samples' indices within the global batch
 Source = Callable[[int, slice], tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]]
 
 
@@ -67,31 +71,64 @@ class _Serial:
 
 
 def verify(
-    config: Config, comm: MPI.Intracomm | None, layouts: list[Layout], source: Source, *, steps: int = 2
+    configs: Sequence[Config], comm: MPI.Intracomm | None, source: Source, *, steps: int = 2
 ) -> list[Report]:
-    """Step the serial model and each layout ``steps`` times, optimizer included, and compare all.
+    """Step the serial model and the layout of each configuration ``steps`` times, optimizer included, and compare all.
 
-    Rank 0 runs the serial model; each layout runs on the first ranks of ``comm``. Serial arrays are broadcast one
-    parameter at a time, so that a rank other than 0 never holds more than its share and one whole parameter. The
-    reports are the same on every rank. InputError if a layout needs more ranks than there are.
+    The configurations are resolved (see ``resolve``) and differ in layout and microbatch alone. Rank 0 runs the serial
+    model; each layout runs on the first ranks of ``comm``. Serial arrays are broadcast one parameter at a time, so that
+    a rank other than 0 never holds more than its share and one whole parameter. The reports are the same on every rank.
+    InputError if a layout needs more ranks than there are.
     """
     have = 1 if comm is None else comm.size
-    for layout in layouts:
+    for layout in (config.layout for config in configs):
         if layout.ranks > have:
-            raise InputError(f"layout {short(layout)} needs {layout.ranks} ranks, and there are {have}")
-    serial = _run_serial(config, source, steps) if comm is None or comm.rank == 0 else _Serial()
+            raise InputError(
+                f"layout {short(layout)} needs {layout.ranks} ranks, and there are {have}: mpirun -n {layout.ranks}"
+            )
+    serial = _run_serial(configs[0], source, steps) if comm is None or comm.rank == 0 else _Serial()
     reports = []
-    for layout in layouts:
-        part = comm if comm is None or layout.ranks == have else comm.Split(int(comm.rank >= layout.ranks), comm.rank)
-        report = Report(short(layout), layout.ranks)
-        if comm is None or comm.rank < layout.ranks:
-            report = _compare(config, part, layout, source, serial, steps, report)
+    for config in configs:
+        ranks = config.layout.ranks
+        part = comm if comm is None or ranks == have else comm.Split(int(comm.rank >= ranks), comm.rank)
+        report = Report(short(config.layout), ranks)
+        if comm is None or comm.rank < ranks:
+            report = _compare(config, part, source, serial, steps, report)
         if comm is not None:
             report = comm.bcast(report)
             if part is not comm and part is not None:
                 part.Free()
         reports.append(report)
     return reports
+
+
+def resolve(config: Config) -> Config:
+    """``config`` as ``verify`` takes it: in float64, every derived value filled in, ``dp`` 1 unless it is given."""
+    train = dataclasses.replace(config.train, dtype="float64")
+    layout = dataclasses.replace(config.layout, dp=config.layout.dp or 1)
+    vocabulary = config.model.vocabulary or 257
+    if config.data.path is not None:
+        with TokenFile(config.data.path) as data:
+            vocabulary = data.vocabulary
+    config = dataclasses.replace(config, train=train, layout=layout)
+    return config.resolved(vocabulary=vocabulary)
+
+
+def source_of(config: Config) -> Source:
+    """The batches of ``config``'s data, or random tokens without: the same on every layout."""
+    model, train = config.model, config.train
+    if config.data.path is not None:
+        split = TokenFile(config.data.path).split("train")
+        sampler = Sampler.over(split, model.sequence, train.seed)
+        return lambda step, share: Batches(split, sampler, train.batch, share).read(step)
+
+    def draw(step: int, share: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+        samples = np.arange(share.start, share.stop)
+        words = random.bits(random.key(train.seed, "verify"), samples, step, slice(0, model.sequence + 1))
+        tokens = (words % np.uint32(model.vocabulary or 1)).astype(np.int64).T
+        return tokens[:-1], tokens[1:], samples
+
+    return draw
 
 
 def short(layout: Layout) -> str:
@@ -123,16 +160,16 @@ def _run_serial(config: Config, source: Source, steps: int) -> _Serial:
 def _compare(
     config: Config,
     comm: MPI.Intracomm | None,
-    layout: Layout,
     source: Source,
     serial: _Serial,
     steps: int,
     report: Report,
 ) -> Report:
+    layout = config.layout
     shape = {"dp": layout.dp or 1, "pp": layout.pp, "tp": layout.tp}
     staged = config.communication.cuda_aware == "no"
     with Mesh(comm, **shape, device=config.train.device, backend=config.communication.backend, staged=staged) as mesh:
-        engine = Engine(dataclasses.replace(config, layout=layout), mesh)
+        engine = Engine(config, mesh)
         names = _broadcast(comm, [(n, a.shape) for n, a in serial.gradients[0].items()] if serial.gradients else None)
         found = {name: Difference(name, shape) for name, shape in names}
         _check_cover(mesh, engine, dict(names))

@@ -1,13 +1,16 @@
-"""A job that runs multi-rank tests, seen from outside: it tells each test's outcome, and why when ranks fail, die or hang."""
+"""A job that runs multi-rank tests, seen from outside: each test's outcome, and why when ranks fail, die or hang."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +33,7 @@ class Verdict(NamedTuple):
 
 
 class Job:
-    """``mpirun -n ranks`` of ``tests.harness.rank``, for the node ids ``tests`` of ``files``, with pytest ``options``."""
+    """``mpirun -n ranks`` of ``tests.harness.rank`` for the node ids ``tests``, which lie in ``files``."""
 
     def __init__(self, ranks: int, tests: Sequence[str], files: Iterable[str], options: Iterable[str]) -> None:
         self.ranks, self.tests = ranks, list(tests)
@@ -88,7 +91,7 @@ class Job:
                     records.setdefault(record.get("test") or record["event"], record)
 
     def _wait(self, key: str, limit: float) -> None:
-        """Until every rank has a record of ``key``, the job has ended, time is up, or a failure has left ranks behind."""
+        """Until every rank has a record of ``key``, the job has ended, or time is up (``GRACE`` after a failure)."""
         deadline, graced = time.monotonic() + limit, False
         while True:
             ended = self.process.poll() is not None  # asked before the last read, so that no record is missed
@@ -101,7 +104,7 @@ class Job:
             time.sleep(0.01)
 
     def _why(self, key: str, limit: float) -> str:
-        """The failed ranks' tracebacks first, then where the ranks are that have not answered, or what they left behind."""
+        """The failed ranks' tracebacks first, then where the ranks are that are silent, or what they left behind."""
         records = {rank: records[key] for rank, records in enumerate(self.records) if key in records}
         failed = {rank: record for rank, record in records.items() if record.get("outcome") == "failed"}
         silent = [rank for rank in range(self.ranks) if rank not in records]
@@ -115,18 +118,18 @@ class Job:
             parts += self._remains(silent)
         elif silent:
             patience = f"{GRACE:g} s later" if failed else f"within {limit:g} s"
-            parts.append(f"{self._names(silent)}: no answer {patience}; now at" + self._stacks(silent))
+            parts += [f"{self._names(silent)}: no answer {patience}; now at", *self._stacks(silent)]
         return "\n".join(parts)
 
     def _unfinished(self) -> str:
         """Why the job has not ended, after its last test, as it should; empty if it has."""
-        end = time.monotonic() + FINISH
-        while self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
         everyone = list(range(self.ranks))
-        if self.process.poll() is None:
-            return f"after the last test, the ranks did not end within {FINISH:g} s" + self._stacks(everyone)
-        return "\n".join(["after the last test", *self._remains(everyone)]) if self.process.returncode else ""
+        try:
+            status = self.process.wait(FINISH)
+        except subprocess.TimeoutExpired:
+            reason = f"after the last test, the ranks did not end within {FINISH:g} s; now at"
+            return "\n".join([reason, *self._stacks(everyone)])
+        return "\n".join(["after the last test:", *self._remains(everyone)]) if status else ""
 
     def _names(self, ranks: Sequence[int]) -> str:
         if len(ranks) == self.ranks:
@@ -134,29 +137,26 @@ class Job:
         return f"rank {', '.join(map(str, ranks))} of {self.ranks}"
 
     def _remains(self, ranks: Sequence[int]) -> list[str]:
-        """What ranks that ended left: the crashed ones' stacks if any crashed, else the ends of the logs; and mpirun's words."""
-        stacks = {rank: text for rank in ranks if (text := self._text(f"rank{rank}.stack")).startswith("Fatal")}
+        """What ranks that ended left: the stacks of those that crashed, the ends of the logs, and mpirun's words."""
+        stacks = {rank: text for rank in ranks if "Fatal" in (text := self._text(f"rank{rank}.stack"))}
         if stacks:
             headline = f"{self._names(list(stacks))} crashed: {next(iter(stacks.values())).splitlines()[0]}"
         else:
             headline = f"{self._names(ranks)} ended without a result, mpirun with status {self.process.returncode}"
-        shown = [f"--- rank {rank} ---\n{_own_frames(stack)}" for rank, stack in stacks.items()]
-        shown += [
-            f"--- rank {rank}, log ---\n{log}" for rank in stacks or ranks if (log := self._tail(f"rank{rank}.log"))
-        ]
-        return [headline, *shown, f"--- mpirun ---\n{self._tail('stdout')}{self._tail('stderr')}"]
+        texts = {f"rank {rank}": _own_frames(stack) for rank, stack in stacks.items()}
+        texts |= {f"rank {rank}, log": self._tail(f"rank{rank}.log") for rank in stacks or ranks}
+        texts |= {"mpirun": self._tail("stdout") + self._tail("stderr")}
+        return [headline, *(f"--- {whose} ---\n{text}" for whose, text in texts.items() if text)]
 
-    def _stacks(self, ranks: Sequence[int]) -> str:
+    def _stacks(self, ranks: Sequence[int]) -> list[str]:
         """Each rank's Python stack now: the ranks write them on a signal, even inside a blocked MPI call."""
-        pids: Mapping[int, int] = {
-            rank: self.records[rank]["start"]["pid"] for rank in ranks if "start" in self.records[rank]
-        }
-        for pid in pids.values():
-            os.kill(pid, SIGNAL)
+        for rank in ranks:
+            if "start" in self.records[rank]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.records[rank]["start"]["pid"], SIGNAL)
         time.sleep(0.5)
-        return "".join(
-            f"\n--- rank {rank} ---\n{_own_frames(self._text(f'rank{rank}.stack')) or 'not known'}" for rank in ranks
-        )
+        stacks = {rank: _own_frames(self._text(f"rank{rank}.stack")) for rank in ranks}
+        return [f"--- rank {rank} ---\n{stack or 'not known'}" for rank, stack in stacks.items()]
 
     def _text(self, name: str) -> str:
         path = self.directory / name
@@ -167,7 +167,8 @@ class Job:
 
 
 def _what(failure: Record) -> str:
-    return f"{failure['summary']} ({failure['place']})"
+    """A failure's message and place, without the addresses of objects, to compare ranks by."""
+    return re.sub(r"0x[0-9a-f]+", "0x...", f"{failure['summary']} ({failure['place']})")
 
 
 def _own_frames(stacks: str) -> str:

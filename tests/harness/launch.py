@@ -31,7 +31,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start ``mpirun -n ranks argv`` in a session of its own; it writes to stdout and stderr in ``directory``.
 
-    Its temporary files, shared-memory segments included, lie in ``directory`` too, so that removing it leaves nothing behind.
+    Its temporary files, shared memory included, lie in ``directory`` too, so that removing it leaves nothing behind.
     """
     environment = mpi_environment()
     environment |= {"TMPDIR": str(directory), "OMPI_MCA_btl_sm_backing_directory": str(directory)} | dict(env or {})
@@ -85,7 +85,7 @@ def run_mpi(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``mpirun -n ranks argv`` and return its exit status, stdout and stderr; the whole job ends at the time-out."""
+    """Run ``mpirun -n ranks argv``: its exit status, stdout and stderr. At the time-out every process is ended."""
     command = ["mpirun", "-n", str(ranks), *argv]
     with tempfile.TemporaryDirectory(prefix="hpcmp-ranks-", ignore_cleanup_errors=True) as name:
         directory = Path(name)

@@ -1,8 +1,8 @@
 """A pytest plugin that runs the tests marked ``mpi`` on several ranks, one job for each number of ranks.
 
-Collected as usual, so that ``-k``, paths and ``-x`` work, a test ``t`` becomes ``t@1``, ``t@2``, ... : the same test, run by
-``mpirun`` on that many ranks and reported as one. A test that fails on all ranks alike leaves the job running; after any
-other failure the job is ended and the remaining tests go on in a new one.
+Collected as usual, so that ``-k``, paths and ``-x`` work, a test ``t`` becomes ``t@1``, ``t@2`` and so on: the same
+test on that many ranks under ``mpirun``, reported as one. A test that fails on all ranks alike leaves the job running;
+after any other failure the job is ended and the remaining tests go on in a new one.
 
 Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a rank, and the plugin does nothing.
 """
@@ -100,6 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ranks = Ranks(number, fitting, config)
         config.add_cleanup(ranks.close)
         for item in fitting:
+            assert item.parent is not None
             name = f"{item.name}@{number}"
             items.append(RankedTest.from_parent(item.parent, name=name, original=item, ranks=ranks))
     if len(items) == serial:
@@ -112,7 +113,7 @@ def _min_size(item: pytest.Item) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
-    """Take over a ranked test's time-out (pytest-timeout): it begins when the job has started, and shows where ranks hang."""
+    """Take over pytest-timeout's limit for a ranked test: it counts once the job has started, and shows the hang."""
     if not isinstance(item, RankedTest):
         return None
     item.limit = settings.timeout

@@ -1,7 +1,7 @@
 """One rank of a multi-rank test job: ``mpirun -n N python -m tests.harness.rank DIRECTORY [pytest options]``.
 
-DIRECTORY/tests.json names the tests and their files. This rank writes, in DIRECTORY: ``rank<r>.jsonl``, one record as each
-test ends; ``rank<r>.log``, all that it prints; ``rank<r>.stack``, its Python stacks when it crashes or is asked by SIGNAL.
+DIRECTORY/tests.json names the tests and their files. This rank writes, in DIRECTORY: ``rank<r>.jsonl``, one record as
+each test ends; ``rank<r>.log``, all that it prints; ``rank<r>.stack``, its stacks when it crashes or receives SIGNAL.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 SIGNAL = signal.SIGRTMIN + 3  # not one that hpcmp or a batch system uses
+RANK_VARIABLES = "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"
 
 
 class Reporter:
     """A pytest plugin: run exactly the named tests in their order, and record each outcome.
 
-    A rank whose test failed goes no further until the job's supervisor has seen the same failure on every rank. Otherwise
-    its next collective would be matched with one that the others still owe to this test.
+    A rank whose test failed goes no further until the job's supervisor has seen the same failure on every rank: its
+    next collective would be matched with one that the others still owe to this test.
     """
 
     def __init__(self, directory: Path, rank: int, tests: Sequence[str]) -> None:
@@ -79,9 +80,7 @@ class Reporter:
 
 def main() -> None:
     directory, options = Path(sys.argv[1]), sys.argv[2:]
-    rank = next(
-        (os.environ[key] for key in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK") if key in os.environ), None
-    )
+    rank = next((os.environ[key] for key in RANK_VARIABLES if key in os.environ), None)
     if rank is None:
         sys.exit("the launcher gave this process no rank: is mpirun the one of the MPI that mpi4py uses?")
     log = os.open(directory / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)

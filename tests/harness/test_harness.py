@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ import pytest
 
 from tests.harness import job, launch
 
+pytestmark = pytest.mark.timeout(180)  # seconds suffice, but the machine may be busy
 PLANTED = """
 import os, signal, pytest
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -45,6 +46,7 @@ def test_crash(world):
         os.kill(os.getpid(), signal.SIGSEGV)
     world.Barrier()
 
+@pytest.mark.timeout(2)
 def test_hang(world):
     if world.rank == 1:
         world.recv(source=0, tag=99)
@@ -54,10 +56,6 @@ def test_exit(world):
     if world.rank == 0:
         os._exit(0)
     world.Barrier()
-
-@pytest.mark.timeout(1)
-def test_hang_with_its_own_limit(world):
-    world.recv(source=world.rank, tag=98)
 
 @pytest.mark.parametrize("name", [f"rank {os.environ.get('OMPI_COMM_WORLD_RANK', '-')}"])
 def test_not_the_same_everywhere(world, name):
@@ -71,7 +69,7 @@ def test_last(world):
 class Run:
     """pytest on a planted suite, on 2 ranks, in a process and a temporary folder of its own."""
 
-    def __init__(self, folder: Path, suite: str, *options: str, ranks: str = "2") -> None:
+    def __init__(self, folder: Path, suite: str, ranks: str = "2") -> None:
         (folder / "conftest.py").write_text('pytest_plugins = ["tests.conftest"]\n')
         (folder / "test_planted.py").write_text(suite)
         self.temporary = folder / "tmp"
@@ -79,7 +77,7 @@ class Run:
         environment = {"HPCMP_TEST_RANKS": ranks, "TMPDIR": str(self.temporary), "PYTHONPATH": str(launch.ROOT)}
         command = [sys.executable, "-m", "pytest", "-c", f"{launch.ROOT}/pyproject.toml", f"--rootdir={folder}"]
         self.process = subprocess.Popen(
-            [*command, "-p", "no:cacheprovider", "--timeout=3", *options, str(folder)],
+            [*command, "-p", "no:cacheprovider", str(folder)],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,18 +86,17 @@ class Run:
 
     def output(self) -> str:
         try:
-            return self.process.communicate(timeout=50)[0]
+            return self.process.communicate(timeout=170)[0]
         finally:
             self.process.kill()
 
     def processes(self) -> list[str]:
-        """The command lines of this run's ranks that are still alive."""
-        lines = [
-            path.read_bytes().decode().replace("\0", " ")
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if path.exists()
-        ]
-        return [line for line in lines if str(self.temporary) in line]
+        """The command lines of this run's jobs that are still alive."""
+        alive = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                alive.append(path.read_bytes().decode().replace("\0", " "))
+        return [line for line in alive if f"{self.temporary}/" in line]
 
 
 @pytest.fixture(scope="module")
@@ -117,32 +114,32 @@ def section(output: str, test: str) -> str:
 @pytest.mark.parametrize(
     ("test", "told"),
     [
-        (
-            "test_one_rank_raises",
-            ["rank 1 of 2: ValueError: planted on rank 1", "said before", "rank 0 of 2: no answer", "line 10"],
-        ),
-        ("test_one_rank_fails_and_none_waits", ["rank 0 of 2: assert 0 != 0"]),
-        ("test_every_rank_fails", ["every rank of 2: AssertionError", "assert 2 == 0"]),
-        ("test_crash", ["rank 1 of 2 crashed: Fatal Python error: Segmentation fault", "in test_crash"]),
-        (
-            "test_hang",
-            ["every rank of 2: no answer within 3 s", "rank 1 ---", "line 35 in test_hang", "line 36 in test_hang"],
-        ),
-        ("test_exit", ["ended without a result", "process rank 0"]),
-        ("test_hang_with_its_own_limit", ["every rank of 2: no answer within 1 s"]),
-        ("test_not_the_same_everywhere[rank -]", ["does not exist under mpirun"]),
+        ("test_one_rank_raises", "rank 1 of 2: ValueError: planted on rank 1"),
+        ("test_one_rank_raises", "said before"),
+        ("test_one_rank_raises", "rank 0 of 2: no answer 2 s later"),
+        ("test_one_rank_raises", "line 10 in test_one_rank_raises"),
+        ("test_one_rank_fails_and_none_waits", "rank 0 of 2: assert 0 != 0"),
+        ("test_every_rank_fails", "every rank of 2: AssertionError: <object object at 0x"),
+        ("test_crash", "rank 1 of 2 crashed: Fatal Python error: Segmentation fault"),
+        ("test_crash", "line 29 in test_crash"),
+        ("test_hang", "every rank of 2: no answer within 2 s"),
+        ("test_hang", "line 35 in test_hang"),
+        ("test_hang", "line 36 in test_hang"),
+        ("test_exit", "every rank of 2 ended without a result"),
+        ("test_exit", "process rank 0"),
+        ("test_not_the_same_everywhere[rank -]", "does not exist under mpirun"),
     ],
 )
-def test_a_failure_names_rank_and_cause(planted: tuple[Run, str], test: str, told: list[str]) -> None:
+def test_a_failure_names_rank_and_cause(planted: tuple[Run, str], test: str, told: str) -> None:
     text = section(planted[1], test)
-    assert [words for words in told if words not in text] == [], text
-    assert "_pytest" not in text
+    assert told in text
+    assert "_pytest/" not in text
 
 
 def test_the_other_tests_still_run(planted: tuple[Run, str]) -> None:
     run, output = planted
-    assert "2 ranks: 3 passed, 8 failed" in output
-    assert "= 8 failed, 3 passed in " in output.splitlines()[-1]
+    assert "2 ranks: 3 passed, 7 failed" in output
+    assert "= 7 failed, 3 passed in " in output.splitlines()[-1]
     assert run.process.returncode == 1
 
 
@@ -153,7 +150,7 @@ def test_nothing_is_left_behind(planted: tuple[Run, str]) -> None:
 
 
 def test_ranks_end_with_a_killed_pytest(tmp_path: Path) -> None:
-    run = Run(tmp_path, PLANTED, "--timeout=60", "-k", "test_hang")
+    run = Run(tmp_path, "import time, pytest\n@pytest.mark.mpi\ndef test_sleep(): time.sleep(60)")
     end = time.monotonic() + 20
     while not run.processes() and time.monotonic() < end:
         time.sleep(0.05)
@@ -173,7 +170,9 @@ def test_no_test_for_these_rank_counts_is_an_error(tmp_path: Path) -> None:
 def test_worlds_of_size_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_mpirun(ranks: int, argv: list[str], directory: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
         script = f'for r in $(seq 0 {ranks - 1}); do OMPI_COMM_WORLD_RANK=$r "$@" & done; wait'
-        return subprocess.Popen(["bash", "-c", script, "-", *argv], env=os.environ | env, start_new_session=True)
+        return subprocess.Popen(
+            ["bash", "-c", script, "-", *argv], env=launch.mpi_environment() | env, start_new_session=True
+        )
 
     monkeypatch.setattr(launch, "start", without_mpirun)
     planted = job.Job(2, ["test_planted.py::test"], [], [])
@@ -191,13 +190,16 @@ def test_run_mpi(run_mpi: Callable[..., subprocess.CompletedProcess[str]]) -> No
 
 
 def test_run_mpi_ends_a_job_that_hangs(
-    run_mpi: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    run_mpi: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = f"import os, pathlib; from mpi4py import MPI; pathlib.Path('{tmp_path}', str(os.getpid())).touch(); MPI.COMM_WORLD.recv()"
-    with pytest.raises(AssertionError, match="ran past 3 s"):
+    started, start = [], launch.start
+
+    def watched(*arguments) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(launch, "start", watched)
+    program = "from mpi4py import MPI; print('in the hang', flush=True); MPI.COMM_WORLD.recv()"
+    with pytest.raises(AssertionError, match=r"ran past 3 s\nin the hang"):
         run_mpi(2, [sys.executable, "-c", program], timeout=3)
-    pids = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(pids) == 2
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    assert launch._session(started[0].pid) == []

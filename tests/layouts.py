@@ -1,0 +1,92 @@
+"""What the tests of training share: small configurations of odd sizes, every layout of some ranks, and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hpcmp.comm.mesh import Mesh
+from hpcmp.training.config import SECTIONS, Config, Layout
+from hpcmp.training.engine import Engine
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+SMALL: dict[str, Any] = {
+    "layers": 2,
+    "hidden": 8,
+    "heads": 6,  # on two ranks the middle key-value head is read by both
+    "kv_heads": 3,
+    "head_size": 4,
+    "ffn": 11,
+    "vocabulary": 19,
+    "sequence": 5,
+    "batch": 6,
+    "dtype": "float64",
+    "steps": 10,
+    "warmup": 2,
+    "clip": 0.5,  # less than the gradient's norm: clipping takes part
+}
+
+ODD: dict[str, Any] = SMALL | {
+    "layers": 7,
+    "hidden": 20,
+    "ffn": 77,
+    "vocabulary": 1003,
+    "sequence": 13,
+    "batch": 7,
+    "dropout": 0.1,
+    "tied": True,
+}
+
+
+def small(**values: Any) -> Config:
+    """A resolved configuration of the sizes in ``SMALL``, except for ``values``: keys of any section."""
+    values = SMALL | values
+    tables = {
+        name: {f.name: values.pop(f.name) for f in dataclasses.fields(section) if f.name in values}
+        for name, section in SECTIONS.items()
+    }
+    assert not values, f"no such keys: {list(values)}"
+    return Config.from_dict(tables).resolved()
+
+
+def layouts(config: Config, ranks: int) -> list[Config]:
+    """``config`` in every dp x pp x tp = ranks, with and without sequence parallelism, with each schedule.
+
+    Every second one recomputes.
+    """
+    found: list[Config] = []
+    for tp in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        for pp in (n for n in range(1, ranks // tp + 1) if ranks // tp % n == 0):
+            for sequence in (True, False) if tp > 1 else (False,):
+                for schedule in ("1f1b", "gpipe", "zb-h1") if pp > 1 else ("1f1b",):
+                    layout = Layout(
+                        dp=ranks // tp // pp,
+                        pp=pp,
+                        tp=tp,
+                        sequence_parallel=sequence,
+                        schedule=schedule,
+                        recompute=len(found) % 2 == 1,
+                    )
+                    found.append(dataclasses.replace(config, layout=layout))
+    return found
+
+
+@contextmanager
+def engine(config: Config, comm: Intracomm | None = None) -> Iterator[Engine]:
+    """An engine on all ranks of ``comm``; its communicators are freed at the end."""
+    layout = config.layout
+    with Mesh(comm, dp=layout.dp or 1, pp=layout.pp, tp=layout.tp) as mesh:
+        yield Engine(config, mesh)
+
+
+@contextmanager
+def first(comm: Intracomm, ranks: int) -> Iterator[Intracomm | None]:
+    """The first ``ranks`` ranks of ``comm`` as a communicator, None on the others, which wait until those are done."""
+    part = comm.Split(int(comm.rank >= ranks), comm.rank)
+    yield part if comm.rank < ranks else None
+    part.Free()
+    comm.Barrier()
