@@ -17,8 +17,8 @@ AllToAll       V -> V    AllToAll       sequence shards <-> head shards
 Layouts: I (invariant): the same array on every rank, counted once; V (varying): an array of its own on each rank;
 P (partial): each rank holds a summand, so to the inner product it is as V. Shards are those of ``hpcmp.partition``:
 along an axis whose length is not a multiple of the group's size, some ranks hold one more. A rank cannot tell the whole
-length from its shard, so an operator that assembles shards, or whose adjoint does, takes it as ``total``: a number, or a
-function that is asked at each call (the cursor's ``length``); None means equal shards.
+length from its shard, so an operator that assembles shards, or whose adjoint does, takes it as ``total``: a number, or
+a function that is asked at each call (the cursor's ``length``); None means equal shards.
 
 The sequence-parallel pair is from Korthikanti et al., "Reducing activation recomputation in large transformer models",
 2022, section 4.2.2; the operator view from Hewett and Grady, "A linear algebraic approach to model parallelism", 2020.

@@ -44,7 +44,9 @@ def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> 
     return c0, c1, c2, c3
 
 
-def bits(key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np) -> Array:
+def bits(
+    key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np
+) -> Array:
     """The 32-bit words of some rows and a range of columns.
 
     ``i``, ``j`` and ``extra`` are integer arrays that broadcast to the shape of the rows; the result is a ``uint32``
@@ -82,9 +84,7 @@ def normal(key: tuple[int, int], i: Array, j: Array, columns: slice, xp: ModuleT
     return out.reshape(words.shape)[..., skip : skip + columns.stop - columns.start]
 
 
-def normal_slab(
-    key: tuple[int, int], shape: tuple[int, ...], index: tuple[slice, ...], xp: ModuleType = np
-) -> Array:
+def normal_slab(key: tuple[int, int], shape: tuple[int, ...], index: tuple[slice, ...], xp: ModuleType = np) -> Array:
     """The part ``index`` of an array of standard normal numbers of global ``shape``; rows are its leading axes."""
     row = xp.zeros((), np.uint64)
     for n, s in zip(shape[:-1], index[:-1], strict=True):

@@ -63,7 +63,9 @@ _hpcmp_install() {      # VENV EXTRAS
     fi
     if [[ ! -x $venv/bin/python ]]; then
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "hpcmp: needs Python 3.11 or later, and $python is $("$python" -V 2>&1 || :); set HPCMP_PYTHON" >&2
+            local found
+            found=$("$python" -V 2>/dev/null) || found="not there"
+            echo "hpcmp: needs Python 3.11 or later, but $python is $found; set HPCMP_PYTHON to one" >&2
             return 1
         fi
         if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -76,7 +78,11 @@ _hpcmp_install() {      # VENV EXTRAS
     extras=$(tr ', ' '\n\n' <<<"$have,$extras" | sort -u | paste -sd, | sed 's/^,//')
     echo "hpcmp: installing hpcmp[$extras]" >&2
     rm -f "$venv/hpcmp-stamp"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$hpcmp_root${extras:+[$extras]}" || return 1
+    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --editable "$hpcmp_root${extras:+[$extras]}"; then
+        echo "hpcmp: pip could not install hpcmp[$extras] (see above); can this machine reach PyPI?" >&2
+        return 1
+    fi
     printf '%s\n' "$venv" "$(_hpcmp_fingerprint)" "$extras" >"$venv/hpcmp-stamp.new" || return 1
     rm -f "$venv/hpcmp-unfinished" && mv "$venv/hpcmp-stamp.new" "$venv/hpcmp-stamp"
 }

@@ -149,9 +149,20 @@ def scan(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
     return sorted(found, key=lambda item: item[1].saved if isinstance(item[1], Manifest) else "", reverse=True)
 
 
+def checkpoints(path: Path | str) -> list[Path]:
+    """The checkpoints at ``path``, the last one saved first, incomplete ones at the end: itself, or those in it.
+
+    Empty if there is none, or no such directory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return []
+    return [path] if _is_checkpoint(path) else [place for place, _ in scan(path)]
+
+
 def find(path: Path) -> tuple[Path, Manifest]:
     """The checkpoint that ``path`` is, or the newest complete one below it: that which ``latest`` names, if it is."""
-    if STEP.fullmatch(path.name) or (path / manifest.NAME).exists():
+    if _is_checkpoint(path):
         return path, inspect(path)[0]
     problems = []
     try:
@@ -194,6 +205,10 @@ def failpoint(phase: str, rank: int) -> None:
     """For tests: die at once, as in a crash, if the variable HPCMP_FAILPOINT is ``phase:rank`` or ``phase:all``."""
     if os.environ.get("HPCMP_FAILPOINT") in (f"{phase}:{rank}", f"{phase}:all"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(STEP.fullmatch(path.name)) or (path / manifest.NAME).exists()
 
 
 def _host() -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONVERTIBLE = {"float32", "float64"}
 
 
-def open_checkpoint(path: Path, mesh: Mesh | None = None) -> Checkpoint:
+def open_checkpoint(path: Path | str, mesh: Mesh | None = None) -> Checkpoint:
     """The checkpoint at ``path``: one step's directory, or a run's, of which the newest complete checkpoint is taken.
 
     In a run's directory that is the one that the file ``latest`` names; if it is not there or not complete, the one

@@ -115,7 +115,7 @@ def read(path: Path) -> tuple[Manifest, str]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
                 raise CheckpointError(f"{path}: not a file of at most {LIMIT} bytes")
-            text = file.read(LIMIT)
+            text = file.read(status.st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     return parse(text, path), hashlib.sha256(text).hexdigest()

@@ -36,7 +36,7 @@ class CheckpointSaveError(HpcmpError):
 
 
 def save(
-    root: Path,
+    root: Path | str,
     step: int,
     slabs: Iterable[Slab],
     state: dict[str, Any],

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import HpcmpError
 from . import common
 
 #: The commands, in the order of the help page: ``hpcmp.cli.NAME`` has ``register(subparsers)``.
@@ -32,7 +29,6 @@ def parser() -> common.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return its exit code, from ``common.EXIT_CODES``."""
     argv = sys.argv[1:] if argv is None else argv
-    as_json = "--json" in argv
     warnings.filterwarnings("ignore", "suspicious MPI execution environment")  # hpcmp says it itself, and stops
     with common.log_to_stderr():
         try:
@@ -40,13 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             return common.finish(args.run(args), args)
         except SystemExit as exit:  # --help and --version
             return exit.code if isinstance(exit.code, int) else common.OK
-        except BrokenPipeError as error:
-            common.silence_stdout()
-            return common.fail(common.SIGNAL + signal.SIGPIPE, error, "", False)
-        except KeyboardInterrupt as error:
-            return common.fail(common.SIGNAL + signal.SIGINT, error, "hpcmp: error: interrupted", as_json)
-        except HpcmpError as error:
-            return common.fail(error.exit_code, error, f"hpcmp: error: {error}", as_json)
-        except Exception as error:
-            text = f"{traceback.format_exc()}hpcmp: error: internal error: {type(error).__name__}: {error}"
-            return common.fail(common.INTERNAL, error, text, as_json)
+        except (Exception, KeyboardInterrupt) as error:
+            return common.fail(error, "--json" in argv)

@@ -8,14 +8,16 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from ..comm.detect import launcher
-from ..errors import InputError
+from ..errors import HpcmpError, InputError
 
 OK, FAILED, BAD_INPUT, INTERNAL, CONTINUE, SIGNAL = 0, 1, 2, 70, 75, 128
 
@@ -25,8 +27,8 @@ EXIT_CODES = {
     "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem",
     "2": "bad input: one line on stderr names the file, key or flag",
     "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
-    "75": "stopped at the time limit with a checkpoint: run it again to go on",
-    "128 + n": "ended by signal n: 130 after Ctrl-C, 143 after SIGTERM",
+    "75": "stopped early with a checkpoint, at the time limit or by SIGTERM or SIGUSR1: run it again to go on",
+    "128 + n": "ended by signal n: 130 after Ctrl-C, 139 after a segmentation fault",
 }
 
 
@@ -114,8 +116,8 @@ def _await_turn(rank: int) -> None:
         time.sleep(1 + math.log2(rank) / 2)
 
 
-def fail(code: int, error: BaseException, text: str, as_json: bool) -> int:
-    """Say ``text`` on stderr once in the job, and end every rank with ``code``; return it where MPI has nothing to end.
+def fail(error: BaseException, as_json: bool) -> int:
+    """Say ``error`` on stderr once in the job, and end every rank with its code; return it if MPI has nothing to end.
 
     An error is raised by all ranks or by some, and no rank can ask the others: they may wait in a collective. So each
     waits its turn, rank 0 not at all and rank r for 1 + log2(r) / 2 seconds, then speaks and ends the job, which
@@ -127,21 +129,38 @@ def fail(code: int, error: BaseException, text: str, as_json: bool) -> int:
     """
     rank, size, mpi = _world()
     _await_turn(rank)
+    code, message = _explain(error)
     started = launcher()
     first_here = started is not None and started.local_rank == 0 and not isinstance(error, UsageError)
     if rank == 0 or mpi is not None or first_here or (started is not None and started.ends_job):
-        if text and (rank > 0 or (size > 1 and code == INTERNAL)):
-            text = f"hpcmp: rank {rank} of {size} on host {socket.gethostname()}\n{text}"
-        if as_json and text:
-            print(to_json({"error": str(error), "exit_code": code}), flush=True)
-        if text:
-            sys.stderr.write(text.rstrip("\n") + "\n")  # in one write, so that ranks do not mix their lines
-            sys.stderr.flush()
+        _say(code, message, error, f"rank {rank} of {size} on host {socket.gethostname()}" if size > 1 else "", as_json)
     if mpi is not None:
+        time.sleep(0.2)  # what was said reaches the terminal before what mpirun has to say, and is not lost
         mpi.COMM_WORLD.Abort(code)
     return code
 
 
-def silence_stdout() -> None:
-    """Let what is left in stdout's buffer go nowhere, after the reader of a pipe has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and what is said of it."""
+    if isinstance(error, HpcmpError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return SIGNAL + signal.SIGINT, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return SIGNAL + signal.SIGPIPE, ""
+    return INTERNAL, f"internal error: {type(error).__name__}: {error}"
+
+
+def _say(code: int, message: str, error: BaseException, who: str, as_json: bool) -> None:
+    if not message:  # the reader of stdout has gone, as `| head` does: what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if as_json:
+        print(to_json({"error": message, "exit_code": code}), flush=True)
+    text = f"hpcmp: error: {message}"
+    if code == INTERNAL:
+        text = "".join([f"hpcmp: {who}\n" if who else "", *traceback.format_exception(error), text])
+    elif who and not who.startswith("rank 0 "):
+        text += f" ({who})"
+    sys.stderr.write(text + "\n")  # in one write, so that ranks do not mix their lines
+    sys.stderr.flush()

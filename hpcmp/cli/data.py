@@ -12,6 +12,7 @@ from ..errors import CheckFailed, DataError
 from .common import parent
 
 CLEAR = "\r\x1b[K"  # to the start of the terminal's line, and wipe it
+EVERY = 0.5  # seconds between two lines of progress, at least
 
 ABOUT = """\
 Turn text files into one token file, the input of `hpcmp train`.
@@ -159,13 +160,13 @@ def show_verify(result: dict[str, Any]) -> str:
 
 
 def _progress() -> Callable[[int, int], None]:
-    """A line on the terminal that is written over, at most twice a second."""
+    """A line on the terminal that is written over."""
     start = shown = time.monotonic()
 
     def show(files: int, size: int) -> None:
         nonlocal shown
         now = time.monotonic()
-        if now - shown >= 0.5:
+        if now - shown >= EVERY:
             shown = now
             rate = size / 1e6 / (now - start)
             line = f"{CLEAR}{files:,} files, {size / 1e6:,.0f} MB, {rate:,.1f} MB/s"

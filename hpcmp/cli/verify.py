@@ -87,7 +87,10 @@ def show(result: dict[str, Any]) -> str:
     lines, ends = [], []
     for report in result["layouts"]:
         wide = max((len(p["name"]) for p in report["parameters"]), default=4)
-        lines += [f"{report['layout']} on {report['ranks']} ranks", f"  {'parameter':{wide}}  gradient    weight  shape"]
+        lines += [
+            f"{report['layout']} on {report['ranks']} ranks",
+            f"  {'parameter':{wide}}  gradient    weight  shape",
+        ]
         for p in report["parameters"]:
             shape = " x ".join(map(str, p["shape"]))
             lines.append(f"  {p['name']:{wide}}  {p['gradient']:8.1e}  {p['weight']:8.1e}  {shape}")
@@ -98,5 +101,7 @@ def show(result: dict[str, Any]) -> str:
             f"{report['layout']}: {verdict}: worst {report['worst']:.1e} (loss {report['loss']:.1e}, "
             f"gradient norm {report['norm']:.1e})"
         )
-    ends.append(f"largest relative difference allowed: {result['tolerance']:g}, over {result['steps']} steps in float64")
+    ends.append(
+        f"largest relative difference allowed: {result['tolerance']:g}, over {result['steps']} steps in float64"
+    )
     return "\n".join(lines + ends)

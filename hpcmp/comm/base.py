@@ -61,7 +61,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
-        """Part r of ``x`` along ``split`` goes to rank r; what comes is joined along ``concat``, of length ``total``."""
+        """Part r of ``x`` along ``split`` goes to rank r; what comes is joined along ``concat``, ``total`` long."""
 
     @abstractmethod
     def broadcast(self, x: Array, root: int = 0) -> Pending:

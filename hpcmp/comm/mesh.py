@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Mesh:
-    """``Mesh(comm, dp=2, pp=2, tp=4)``: ranks in C order of the axes, the last varying fastest, so that it stays on a node.
+    """``Mesh(comm, dp=2, pp=2, tp=4)``: ranks in C order of the axes, the last varying fastest (it stays on a node).
 
-    ``mesh["tp"]`` is the communicator along one axis, ``mesh["dp", "tp"]`` along several: its ranks are those that share
-    this rank's coordinates on all other axes. The axis ``"ends"`` is made of the first and the last rank of ``pp``
-    (where tied weights live); a rank between them has no such group. An axis that is not named has size 1, and a group
-    of one needs no MPI: ``Mesh()`` is the serial mesh.
+    ``mesh["tp"]`` is the communicator along one axis, ``mesh["dp", "tp"]`` along several: its ranks are those that
+    share this rank's coordinates on all other axes. The axis ``"ends"`` is made of the first and the last rank of
+    ``pp`` (where tied weights live); a rank between them has no such group. An axis that is not named has size 1, and a
+    group of one needs no MPI: ``Mesh()`` is the serial mesh.
 
     The caller's communicator is duplicated, never used itself; ``close`` frees all that the mesh made. A group is made
     when first asked for, which is collective over that group alone.

@@ -16,6 +16,7 @@ from ..arrays import Array, array_module
 from .base import Layouts, Op, Pending
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX}
+_TAG = 32767  # of all_to_all's messages: the largest that every MPI has, left to it by the callers of send and recv
 
 
 class Direct:
@@ -149,16 +150,13 @@ class MpiCommunicator(Layouts):
     def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending:
         move = self.transport
         send, recv = move.outgoing(x), move.incoming(sum(received), x.dtype, x)
-        if max(sum(sent), sum(received)) <= self.largest:
-            requests = [self.comm.Ialltoallv((send, sent), (recv, received))]
-        else:  # point to point; the sizes of a pair are the same on both sides, and so are its pieces
-            requests = []
-            for r in range(self.size):
-                start = self._offset(received, r)
-                requests += [self.comm.Irecv(recv[start + a : start + b], r) for a, b in self._pieces(received[r])]
-            for r in range(self.size):
-                start = self._offset(sent, r)
-                requests += [self.comm.Isend(send[start + a : start + b], r) for a, b in self._pieces(sent[r])]
+        requests = []  # point to point: the two of a pair agree on its pieces, as all ranks could not on one call
+        for r in range(self.size):
+            start = self._offset(received, r)
+            requests += [self.comm.Irecv(recv[start + a : start + b], r, _TAG) for a, b in self._pieces(received[r])]
+        for r in range(self.size):
+            start = self._offset(sent, r)
+            requests += [self.comm.Isend(send[start + a : start + b], r, _TAG) for a, b in self._pieces(sent[r])]
         return Pending(recv, requests, lambda y: move.arrived(y, x), send)
 
     def _pieces(self, n: int) -> list[tuple[int, int]]:

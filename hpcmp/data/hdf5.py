@@ -20,8 +20,11 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 FILTERS = {1, 2, 3}  # deflate, shuffle, Fletcher checksum: part of every HDF5 library
 
 
-def open_file(path: Path) -> Any:
-    """``path`` opened for reading, without file locks: token files never change, and some file systems lack them."""
+def open_file(path: Path, kind: str) -> Any:
+    """``path`` opened for reading, if its root attribute ``format`` is ``kind``.
+
+    Without file locks: token files never change, and some file systems lack them.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(len(SIGNATURE))
@@ -31,10 +34,18 @@ def open_file(path: Path) -> Any:
         raise DataError(f"{path} is not an HDF5 file" + ("" if start else ": it is empty"))
     import h5py
 
+    file = None
     try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
+        file = h5py.File(path, "r", locking=False)
+        found = file.attrs.get("format")
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        if file is not None:
+            file.close()
         raise DataError(f"{path} is truncated or damaged: {reason(error)}") from None
+    if not isinstance(found, bytes) or found != kind.encode():
+        file.close()
+        raise DataError(f"{path} is an HDF5 file, but not a token file of hpcmp: make one with `hpcmp data prepare`")
+    return file
 
 
 def child(group: Any, name: str, path: Path) -> Any:

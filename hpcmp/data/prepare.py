@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer, digest, load_tokenizer
 from .tokens import SPLITS, VERSION, TokenFile
 from .writer import Spool, write
 
-BATCH = 1 << 22  # bytes of text tokenised at once: many pieces for a tokenizer's threads, at some 100 bytes a byte
+BATCH = 1 << 22  # bytes of text tokenised at once: many pieces for a tokenizer's threads, some 200 MB at work
 SMALL = 10_000  # tokens in a split, below which the report says what sequences it can serve
 
 

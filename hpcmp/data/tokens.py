@@ -110,7 +110,7 @@ class TokenFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = hdf5.open_file(self.path)
+        self._file = hdf5.open_file(self.path, FORMAT)
         try:
             self._check()
         except BaseException:
@@ -119,8 +119,6 @@ class TokenFile:
 
     def _check(self) -> None:
         file, path = self._file, self.path
-        if "format" not in file.attrs or hdf5.text(file, "format", path) != FORMAT:
-            raise DataError(f"{path} is not a token file of hpcmp: make one with `hpcmp data prepare`")
         version = hdf5.integer(file, "version", path)
         if version != VERSION:
             raise DataError(

@@ -7,20 +7,29 @@ and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overri
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ..arrays import Array
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 
-def of(x: Array) -> ModuleType:
+class KernelSet:
+    """The functions of ``reference``, and in place of some those of ``overrides``."""
+
+    def __init__(self, overrides: ModuleType) -> None:
+        for module in (reference, overrides):
+            functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
+            vars(self).update({k: v for k, v in functions.items() if v.__module__ == module.__name__})
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no kernel {name!r}")
+
+
+CPU, CUDA = KernelSet(cpu), KernelSet(cuda)
+
+
+def of(x: Array) -> KernelSet:
     """The kernels for arrays like ``x``."""
-    if isinstance(x, np.ndarray):
-        return cpu
-    from . import cuda
-
-    return cuda
-
-
-__all__ = ["of", "reference"]
+    return CPU if isinstance(x, np.ndarray) else CUDA

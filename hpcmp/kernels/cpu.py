@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .reference import *  # noqa: F403
 
 _BLOCK = 1 << 15  # elements of a block: with a few temporaries of it, about the second-level cache
 

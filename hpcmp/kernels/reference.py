@@ -114,15 +114,13 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attention(
-    q: Array, k: Array, v: Array, scale: float, keep: Array | None = None
-) -> tuple[Array, Array]:
-    """Causal attention of grouped heads: o = (P * keep) v, P = softmax(scale q k^T) over the keys up to the query's own.
+def attention(q: Array, k: Array, v: Array, scale: float, keep: Array | None = None) -> tuple[Array, Array]:
+    """Causal attention of grouped heads: o = (P * keep) v, P = softmax(scale q k^T) over the keys up to the query.
 
-    q (s, b, n, d), k and v (s, b, k, d); query head i reads key-value head i // (n/k). keep, if given, holds the dropout
-    mask already divided by 1 - rate, (b, n, s, s). Returns o, shaped as q, and the log-sum-exp of each row of scores,
-    (b, k, n/k, s), from which backward makes P again: nothing of size s x s is kept. Vaswani et al., 2017; Ainslie et
-    al., "GQA", 2023; the recomputation is that of Dao et al., "FlashAttention", 2022, section 3.1.
+    q (s, b, n, d), k and v (s, b, k, d); query head i reads key-value head i // (n/k). keep, if given, holds the
+    dropout mask already divided by 1 - rate, (b, n, s, s). Returns o, shaped as q, and the log-sum-exp of each row of
+    scores, (b, k, n/k, s), from which backward makes P again: nothing of size s x s is kept. Vaswani et al., 2017;
+    Ainslie et al., "GQA", 2023; the recomputation is that of Dao et al., "FlashAttention", 2022, section 3.1.
     """
     xp = array_module(q)
     scores = _scores(q, k, scale)

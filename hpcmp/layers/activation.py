@@ -19,7 +19,7 @@ class GELU(Module):
 
 
 class SwiGLU(Module):
-    """y = g sigmoid(g) u, x (..., 2, f) holding g and u, y (..., f). Shazeer, "GLU variants improve transformer", 2020."""
+    """y = g sigmoid(g) u, x (..., 2, f) holding g and u, y (..., f). Shazeer, "GLU variants", 2020."""
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         return kernels.of(x).swiglu(x), x

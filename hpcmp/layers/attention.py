@@ -94,8 +94,8 @@ class Rope(Module):
 class CausalAttention(Module):
     """o = softmax(q k^T / sqrt(d), keys up to the query's own position) v, with dropout on the probabilities.
 
-    x = (q (S, batch, n, d), kv (S, batch, k, 2, d)) -> o (S, batch, n, d), n and k this rank's heads. Keeps q, kv, o and
-    a number per row; backward makes the probabilities again.
+    x = (q (S, batch, n, d), kv (S, batch, k, 2, d)) -> o (S, batch, n, d), n and k this rank's heads. Keeps q, kv, o
+    and a number per row; backward makes the probabilities again.
     """
 
     def __init__(self, heads: Heads, cursor: Cursor, dropout: float = 0.0, name: str = "attention") -> None:

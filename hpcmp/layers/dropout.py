@@ -44,7 +44,9 @@ class Dropout(Module):
         return x.dtype.type(1 / (1 - self.rate))
 
 
-def attention_mask(rate: float, name: str, cursor: Cursor, place: Place, shape: tuple[int, ...], heads: slice, like: Array) -> Array | None:
+def attention_mask(
+    rate: float, name: str, cursor: Cursor, place: Place, shape: tuple[int, ...], heads: slice, like: Array
+) -> Array | None:
     """keep / (1 - rate) for attention probabilities, (batch, heads here, s, s), by sample, head, query and key."""
     if rate == 0 or not place.training:
         return None

@@ -53,7 +53,7 @@ class TensorParallel:
         decay: bool = True,
         name: str = "",
     ) -> Parameter:
-        """A parameter of which this rank holds ``part`` of one axis (an even share, by default) and owns ``owned`` of it.
+        """A parameter of one axis of which this rank holds ``part`` (an even share, by default) and owns ``owned``.
 
         overlaps: whether the parts of the group overlap anywhere (the same answer on every rank).
         """

@@ -1,7 +1,7 @@
 """Decoder-only transformers as compositions of layers: GPT-2 style and Llama style, cut into pipeline stages.
 
-    GPT-2 (Radford et al., 2019):   x + attention(layer_norm(x)), x + down(gelu(up(layer_norm(x)))), learned positions, biases
-    Llama (Touvron et al., 2023):   x + attention(rope, rms_norm(x)), x + down(swiglu(up(rms_norm(x)))), no biases
+GPT-2 (Radford et al., 2019):   x + attention(layer_norm(x)), x + down(gelu(up(layer_norm(x)))), positions, biases
+Llama (Touvron et al., 2023):   x + attention(rope, rms_norm(x)), x + down(swiglu(up(rms_norm(x)))), no biases
 """
 
 from __future__ import annotations

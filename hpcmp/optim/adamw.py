@@ -29,7 +29,13 @@ class AdamW:
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
     ) -> None:
-        self.buckets, self.betas, self.epsilon, self.weight_decay, self.clip = buckets, betas, epsilon, weight_decay, clip
+        self.buckets, self.betas, self.epsilon, self.weight_decay, self.clip = (
+            buckets,
+            betas,
+            epsilon,
+            weight_decay,
+            clip,
+        )
         self.steps = 0
         self.moments = {
             kind: [np.zeros_like(bucket.data) for bucket in buckets.buckets] for kind in ("m", "v")

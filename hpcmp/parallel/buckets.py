@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -119,13 +119,13 @@ class Buckets:
         """
         total = 0.0
         for bucket in self.buckets:
-            square_sum: Callable[[Array], float] = kernels.of(bucket.grad).square_sum
+            square_sum = kernels.of(bucket.grad).square_sum
             if all(p.owned == p.index for p in bucket.parameters):
                 total += square_sum(bucket.grad)
             else:
                 total += sum(square_sum(p.grad[p.owned_local]) for p in bucket.parameters)
         whole = self.mesh["pp", "tp"].all_reduce(np.array([total])).wait()
-        return float(whole[0]) ** 0.5
+        return math.sqrt(float(whole[0]))
 
 
 def _groups(parameters: Iterable[Parameter], most: float) -> list[list[Parameter]]:

@@ -33,8 +33,9 @@ class Microbatch:
 class Pipeline:
     """Runs one stage of a model over microbatches: the stages of the group ``pp``, in rank order.
 
-    ``loss`` maps (output, targets) to a sum over positions. ``shape`` gives the shape of the activation that enters (and
-    leaves) this stage for a place, ``like`` an array of its kind and dtype. The cursor is moved before each action.
+    ``loss`` maps (output, targets) to a sum over positions. ``shape`` gives the shape of the activation that enters
+    (and leaves) this stage for a place, ``like`` an array of its kind and dtype. The cursor is moved before each
+    action.
     """
 
     def __init__(

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+Kind = Literal["F", "B", "W"]
+
 
 class Action(NamedTuple):
     """What a rank does next."""
 
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     microbatch: int
 
 
@@ -88,8 +90,8 @@ def simulate(
 ) -> Simulation:
     """Run ``schedule`` on ``size`` stages with the costs of F, B and W, and ``send`` for a message.
 
-    B of a schedule without W actions costs both. Raises ValueError if the schedule is incomplete, repeats an action, takes
-    one before its cause on the same rank, or cannot go on (deadlock).
+    B of a schedule without W actions costs both. Raises ValueError if the schedule is incomplete, repeats an action,
+    takes one before its cause on the same rank, or cannot go on (deadlock).
     """
     todo = [list(schedule(rank, size, microbatches)) for rank in range(size)]
     split = any(action.kind == "W" for rank in todo for action in rank)
@@ -132,7 +134,7 @@ def _cause(rank: int, size: int, action: Action) -> tuple[int, Action] | None:
 
 
 def _complete(rank: int, actions: list[Action], microbatches: int, split: bool) -> None:
-    kinds = ("F", "B", "W") if split else ("F", "B")
+    kinds: tuple[Kind, ...] = ("F", "B", "W") if split else ("F", "B")
     wanted = {Action(kind, i) for kind in kinds for i in range(microbatches)}
     if len(actions) != len(set(actions)) or set(actions) != wanted:
         odd = sorted(set(actions) ^ wanted) or sorted(a for a in set(actions) if actions.count(a) > 1)

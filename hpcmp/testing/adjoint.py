@@ -29,11 +29,11 @@ def assert_adjoint(
 ) -> None:
     """<A x, y> = <x, A^T y> for random x and y in the layouts of ``op``: the one property from which backward is right.
 
-    shape: of x on this rank; it may differ between ranks where the layout varies. tolerance: of the difference, relative
-    to ||A x|| ||y|| (100 units of rounding, by default). Also asserts that both results keep the dtype, that A^T y is
-    shaped as x, that x and y are left as they were, and that (A^T)^T is A's own kind.
+    shape: of x on this rank; it may differ between ranks where the layout varies. tolerance: of the difference,
+    relative to ||A x|| ||y|| (100 units of rounding, by default). Also asserts that both results keep the dtype, that
+    A^T y is shaped as x, that x and y are left as they were, and that (A^T)^T is A's own kind.
     """
-    source, target = op.layout
+    source, target = op.layout[0], op.layout[1]
     group = Group(op.comm, xp)
     x = xp.asarray(draw(shape, source, op.comm, seed, dtype))
     x_before = x.copy()

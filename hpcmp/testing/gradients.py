@@ -36,10 +36,10 @@ def gradcheck(
     numbers. On several ranks all perturb the same global z: a parameter by its ``index``, with its gradient taken after
     the sum that it owes (``Parameter.shared``) and counted by ``owned``, so that those are checked too.
 
-    x: an array or a tuple of arrays of this rank; integer arrays (tokens, targets) have no gradient. layout: of x and of
-    the output over ``comm``, such as "IV" for a column-parallel layer; without ``comm`` the check is serial. The module's
-    parameters are given values (see ``prepare``). Also asserts that forward and backward leave their inputs as they were,
-    and that weight gradients are added to what is there.
+    x: an array or a tuple of arrays of this rank; integer arrays (tokens, targets) have no gradient. layout: of x and
+    of the output over ``comm``, such as "IV" for a column-parallel layer; without ``comm`` the check is serial. The
+    module's parameters are given values (see ``prepare``). Also asserts that forward and backward leave their inputs as
+    they were, and that weight gradients are added to what is there.
 
     Returns the error of x ("input") and of each parameter, relative to the size of the gradient; asserts that all are
     at most ``tolerance``.

@@ -27,7 +27,7 @@ def equals_serial(
     seed: int = 0,
     tolerance: float = 1e-12,
 ) -> dict[str, float]:
-    """``build(parallel)`` computes what ``build(TensorParallel())`` does: the output, dx and every parameter's gradient.
+    """``build(parallel)`` computes what ``build(TensorParallel())`` does: output, dx and every parameter's gradient.
 
     x: the whole input, the same on every rank, an array or a tuple of arrays. cut_x and cut_y: what this rank holds of
     an array that lies as the input, or as the output, does: ``activations`` by default, else ``whole``, ``share(axis)``

@@ -49,15 +49,11 @@ class Engine:
         self.cursor = Cursor(train.seed)
         self.parallel = TensorParallel(mesh["tp"], self.cursor, sequence=bool(layout.sequence_parallel))
         pp = mesh["pp"]
-        self.stage = build(
-            self.architecture, self.parallel, Stage(pp.rank, pp.size), recompute=layout.recompute
-        )
+        self.stage = build(self.architecture, self.parallel, Stage(pp.rank, pp.size), recompute=layout.recompute)
         self.buckets = Buckets(self.stage, mesh, size=layout.bucket_mb * 2**20, dtype=train.dtype, xp=self.xp)
         self.stage.initialise(train.seed, train.dtype, self.xp)
         o = config.optimizer
-        self.optimizer = AdamW(
-            self.buckets, betas=o.betas, epsilon=o.epsilon, weight_decay=o.weight_decay, clip=o.clip
-        )
+        self.optimizer = AdamW(self.buckets, betas=o.betas, epsilon=o.epsilon, weight_decay=o.weight_decay, clip=o.clip)
         loss = VocabularyParallelCrossEntropy(self.parallel, self.architecture.vocabulary)
         self.pipeline = Pipeline(
             self.stage, loss, pp, SCHEDULES[layout.schedule], self.cursor, self._shape, self.xp.empty(0, train.dtype)
@@ -96,17 +92,21 @@ class Engine:
         assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
         rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
         norm = self.optimizer.step(rate)
-        loss, stops = self._sum(float(to_host(total)) * scale, float(stop))
+        loss, stops = self._sum(self._mine(total) * scale, float(stop))
         return Result(loss, norm, rate, stops > 0)
 
     def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
         """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
         total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, False))
-        return self._sum(float(to_host(total)) / (batch * inputs.shape[0]))[0]
+        return self._sum(self._mine(total) / (batch * inputs.shape[0]))[0]
 
     def _sum(self, *values: float) -> list[float]:
-        """Sums over replicas and stages (of which only the last has a loss), the same on every rank."""
-        return [float(v) for v in self.mesh["dp", "pp"].all_reduce(np.array(values)).wait()]
+        """Sums over all ranks, the same on every one."""
+        return [float(v) for v in self.mesh["dp", "pp", "tp"].all_reduce(np.array(values)).wait()]
+
+    def _mine(self, total: Any) -> float:
+        """This rank's part of the sum of losses: only the last stage has one, its tensor-parallel ranks the same."""
+        return float(to_host(total)) if self.mesh["tp"].rank == 0 else 0.0
 
     def _cut(
         self, step: int, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], training: bool

@@ -69,17 +69,18 @@ _KEYS = {
 
 
 def parse_layout(text: str, base: Layout) -> Layout:
-    """The layout that ``text`` names: ``base`` with the values in it, and ``dp`` what is left unless it names that too.
+    """The layout that ``text`` names; what else there is in a Layout is ``base``'s.
 
-    Keys: dp, pp, tp, sp (0 or 1), schedule, recompute (0 or 1), and micro, which is no part of a Layout and is taken by
-    ``config.with_layout``. Example: "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
+    Keys: dp (what is left of the ranks if not named), pp and tp (1 if not named), sp (0 or 1), schedule, recompute
+    (0 or 1), and micro, which is no part of a Layout and is taken by ``config.with_layout``. Example:
+    "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
     """
     return read_layout(text, base)[0]
 
 
 def read_layout(text: str, base: Layout) -> tuple[Layout, int | None]:
     """The layout that ``text`` names (see ``parse_layout``), and the value of ``micro`` in it."""
-    changes: dict[str, Any] = {"dp": None}
+    changes: dict[str, Any] = {"dp": None, "pp": 1, "tp": 1}
     micro = None
     for item in text.split(","):
         name, _, word = (part.strip() for part in item.partition("="))

@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON a step in ``metrics.jsonl``, a line of the log every few seconds, a plot of the loss."""
+"""What a run tells: a line of JSON a step in ``metrics.jsonl``, a line of the log every few seconds, a plot."""
 
 from __future__ import annotations
 

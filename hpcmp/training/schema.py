@@ -30,7 +30,7 @@ _TYPES[bool] = ("true or false", "true or false")
 
 
 def option(default: Any, doc: str, span: str = "") -> Any:
-    """A field with a default; ``span`` is the interval that numbers must lie in, such as ``"[0, 1)"``."""
+    """A field with a default; ``span`` is the interval that a number must lie in, such as ``"[0, 1)"`` or ``"(0, inf)"``."""
     return dataclasses.field(default=default, metadata={"doc": doc, "span": span, "rule": ""})
 
 
@@ -119,7 +119,7 @@ def _scalar(kind: _Kind, value: Any) -> Any:
         good = _inside(kind.span, result)
     elif kind.base is float and isinstance(value, numbers.Real):
         result = float(value)
-        good = math.isfinite(result) and _inside(kind.span, result)
+        good = _inside(kind.span, result)
     else:
         good = False
     if not good:

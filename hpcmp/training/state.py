@@ -16,8 +16,9 @@ from .config import Config
 from .engine import Engine
 
 #: What decides the meaning of the weights; dropout and the like may change between runs.
-_MODEL = ("style", "layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocabulary", "sequence", "tied", "bias")
-_MODEL += ("norm_epsilon", "rope_theta")
+_MODEL = (
+    "style layers hidden heads kv_heads head_size ffn vocabulary sequence tied bias norm_epsilon rope_theta".split()
+)
 
 
 def tensors(engine: Engine) -> Iterator[tuple[str, Parameter, Any]]:
@@ -29,7 +30,7 @@ def tensors(engine: Engine) -> Iterator[tuple[str, Parameter, Any]]:
 
 
 def save_slabs(engine: Engine, tokenizer: str) -> Iterator[Slab]:
-    """What this rank writes: what it owns, the replicas taking turns, so that all write and nothing is written twice."""
+    """What this rank writes: what it owns, the replicas taking turns: all write, and nothing is written twice."""
     dp = engine.mesh["dp"]
     for i, (name, p, array) in enumerate(tensors(engine)):
         if i % dp.size == dp.rank and math.prod(s.stop - s.start for s in p.owned):

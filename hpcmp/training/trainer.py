@@ -40,8 +40,8 @@ class Trainer:
                 ...
 
     On entry the run goes on from the newest checkpoint, whatever layout wrote it. Steps, samples and random numbers are
-    those of the serial run on every layout; on the same layout a continued run equals the uninterrupted one bit for bit.
-    All methods are collective. Raises InputError, the same on every rank, for what the user can mend.
+    those of the serial run on every layout; on the same layout a continued run equals the uninterrupted one bit for
+    bit. All methods are collective. Raises InputError, the same on every rank, for what the user can mend.
     """
 
     def __init__(self, config: Config, comm: MPI.Intracomm | None = None) -> None:
@@ -64,6 +64,7 @@ class Trainer:
         self._stop = False
         self._began = time.perf_counter()
         self._saved: tuple[int, Path] | None = None
+        self._evaluated: tuple[int, float] | None = None
         if self.config.checkpoint.resume:
             self._resume()
         if self.logs:
@@ -111,11 +112,11 @@ class Trainer:
                 self.save()
             yield result
             if result.stop:
-                self.reason = self.mesh_reason()
+                self.reason = self._why()
                 return
 
-    def mesh_reason(self) -> str:
-        """Why the run stops: the first rank's reason that asked for it."""
+    def _why(self) -> str:
+        """Why the run stops: the reason of the first rank that asked for it."""
         reasons = self.mesh.gather_objects(self.reason if self._stop else "")
         return next((reason for reason in reasons if reason), "asked to stop")
 
@@ -154,15 +155,18 @@ class Trainer:
         return summary
 
     def evaluate(self) -> float | None:
-        """The mean loss over ``run.evaluate_samples`` held-out samples, in nats a token; None if nothing is held out."""
+        """The mean loss over ``run.evaluate_samples`` held-out samples, in nats a token; None if there are none."""
         if self.held_out is None:
             return None
+        if self._evaluated is not None and self._evaluated[0] == self.step:
+            return self._evaluated[1]
         batch = self.held_out.batch
         losses = [
             self.engine.evaluate(*data, batch=batch)
             for data in self.held_out.held_out(max(1, self.config.run.evaluate_samples // batch))
         ]
         loss = float(np.mean(losses))
+        self._evaluated = self.step, loss
         if self.logs:
             self.metrics.write({"step": self.step - 1, "tokens": self.step * self.tokens, "held_out": loss})
             log.info("step %d/%d  held-out loss %.4f", self.step, self.config.train.steps, loss)
@@ -183,7 +187,9 @@ class Trainer:
         path = save(self.checkpoints, self.step, slabs, state, self.mesh, storage=c.storage, keep=c.keep)
         self._saved = self.step, path
         if self.logs:
-            log.info("step %d/%d  saved %s in %.1f s", self.step, self.config.train.steps, path, time.perf_counter() - start)
+            log.info(
+                "step %d/%d  saved %s in %.1f s", self.step, self.config.train.steps, path, time.perf_counter() - start
+            )
         return path
 
     def _open_data(self) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,8 @@ Source = Callable[[int, slice], tuple[NDArray[Any], NDArray[Any], NDArray[np.int
 class Difference:
     """How far one parameter is from the serial model's, over all steps: the largest relative differences.
 
-    gradient: max |g - g'| / max(max |g'|, 1e-3 G), G the largest gradient of the model, so that a gradient which is zero
-    but for rounding is not compared with itself; weight: max |w - w'| / max(max |w'|, 1e-1 W), likewise.
+    gradient: max |g - g'| / max(max |g'|, 1e-3 G), G the largest gradient of the model, so that a gradient which is
+    zero but for rounding is not compared with itself; weight: max |w - w'| / max(max |w'|, 1e-1 W), likewise.
     """
 
     name: str
@@ -70,9 +70,7 @@ class _Serial:
     weights: list[dict[str, NDArray[Any]]] = field(default_factory=list)
 
 
-def verify(
-    configs: Sequence[Config], comm: MPI.Intracomm | None, source: Source, *, steps: int = 2
-) -> list[Report]:
+def verify(configs: Sequence[Config], comm: MPI.Intracomm | None, source: Source, *, steps: int = 2) -> list[Report]:
     """Step the serial model and the layout of each configuration ``steps`` times, optimizer included, and compare all.
 
     The configurations are resolved (see ``resolve``) and differ in layout and microbatch alone. Rank 0 runs the serial
@@ -90,16 +88,23 @@ def verify(
     reports = []
     for config in configs:
         ranks = config.layout.ranks
-        part = comm if comm is None or ranks == have else comm.Split(int(comm.rank >= ranks), comm.rank)
+        part = _first(comm, ranks)
         report = Report(short(config.layout), ranks)
         if comm is None or comm.rank < ranks:
             report = _compare(config, part, source, serial, steps, report)
         if comm is not None:
             report = comm.bcast(report)
-            if part is not comm and part is not None:
+            if part is not None and part is not comm:
                 part.Free()
         reports.append(report)
     return reports
+
+
+def _first(comm: MPI.Intracomm | None, ranks: int) -> MPI.Intracomm | None:
+    """The first ranks of ``comm`` on those, and the others on the others."""
+    if comm is None or comm.size == ranks:
+        return comm
+    return cast("MPI.Intracomm", comm.Split(int(comm.rank >= ranks), comm.rank))
 
 
 def resolve(config: Config) -> Config:
@@ -210,7 +215,8 @@ def _relative(a: float, b: float) -> float:
 
 
 def _worst(mesh: Mesh, error: float) -> float:
-    return max(mesh.gather_objects(error if math.isfinite(error) else math.inf))
+    errors: list[float] = mesh.gather_objects(error if math.isfinite(error) else math.inf)
+    return max(errors)
 
 
 def _broadcast(comm: MPI.Intracomm | None, value: Any) -> Any:
@@ -218,7 +224,7 @@ def _broadcast(comm: MPI.Intracomm | None, value: Any) -> Any:
 
 
 def _check_cover(mesh: Mesh, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The owned parts of the ranks of one replica must tile every parameter once, or norms and checkpoints are wrong."""
+    """The owned parts of the ranks of one replica must tile every parameter once, or norms are wrong."""
     owned: list[tuple[str, Index]] = [(p.name, p.owned) for p in engine.buckets.parameters]
     everyone = mesh.gather_objects(owned if mesh.coordinates["dp"] == 0 else [])
     counts = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}

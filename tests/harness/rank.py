@@ -42,12 +42,15 @@ class Reporter:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         found = {item.nodeid: item for item in items}
         items[:] = [found[test] for test in self.tests if test in found]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.testsfailed:  # files that do not import: the log says why
+            return
+        found = {item.nodeid for item in session.items}
         for test in self.tests:
             if test not in found:
-                text = f"{test} does not exist under mpirun: does its name or parameters depend on the number of ranks?"
-                self.send(test=test, outcome="failed", text=text, summary=text, place="", time=time.time())
-
-    def pytest_collection_finish(self) -> None:
+                summary = "no such test under mpirun: does its name or its parameters depend on the number of ranks?"
+                self.send(test=test, outcome="failed", text="", summary=summary, place="", time=time.time())
         self.send(event="ready")
 
     def pytest_runtest_logstart(self) -> None:

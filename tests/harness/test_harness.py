@@ -57,7 +57,7 @@ def test_exit(world):
         os._exit(0)
     world.Barrier()
 
-@pytest.mark.parametrize("name", [f"rank {os.environ.get('OMPI_COMM_WORLD_RANK', '-')}"])
+@pytest.mark.parametrize("name", ["MPI" if {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & {*os.environ} else "-"])
 def test_not_the_same_everywhere(world, name):
     pass
 
@@ -126,8 +126,7 @@ def section(output: str, test: str) -> str:
         ("test_hang", "line 35 in test_hang"),
         ("test_hang", "line 36 in test_hang"),
         ("test_exit", "every rank of 2 ended without a result"),
-        ("test_exit", "process rank 0"),
-        ("test_not_the_same_everywhere[rank -]", "does not exist under mpirun"),
+        ("test_not_the_same_everywhere[-]", "no such test under mpirun"),
     ],
 )
 def test_a_failure_names_rank_and_cause(planted: tuple[Run, str], test: str, told: str) -> None:
@@ -159,6 +158,21 @@ def test_ranks_end_with_a_killed_pytest(tmp_path: Path) -> None:
     while run.processes() and time.monotonic() < end:
         time.sleep(0.05)
     assert run.processes() == []
+
+
+def test_a_file_that_does_not_import_is_told_once(tmp_path: Path) -> None:
+    suite = """
+import sys, pytest
+if "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].COMM_WORLD.rank == 1:
+    raise ImportError("planted on rank 1")
+pytestmark = pytest.mark.mpi(min_size=2)
+def test_one(world): pass
+def test_two(world): pass
+"""
+    output = Run(tmp_path, suite).output()
+    assert "rank 1 of 2 ended without a result" in output or "every rank of 2 ended without a result" in output
+    assert output.count("E   ImportError: planted on rank 1") == 1
+    assert "the job on 2 ranks does not start (see the first failure)" in section(output, "test_two")
 
 
 def test_no_test_for_these_rank_counts_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""The runner on a tiny stage of its own: what it computes, in which order, what it keeps, and when it says that it is done."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from hpcmp.comm.base import Communicator, Solo
+from hpcmp.comm.mesh import Mesh
+from hpcmp.cursor import Cursor, Place
+from hpcmp.module import Module, Parameter, Sequential
+from hpcmp.parallel.pipeline import Microbatch, Pipeline
+from hpcmp.parallel.schedules import SCHEDULES, Action, Schedule, gpipe, simulate
+from hpcmp.wgrad import WGrad
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi
+
+LENGTH, WIDTH = 3, 4
+
+
+class Kept:
+    """What a layer saves of one microbatch; it can be seen to be alive."""
+
+    def __init__(self, microbatch: int, x: Any, y: Any) -> None:
+        self.microbatch, self.x, self.y = microbatch, x, y
+
+
+@dataclass
+class Seen:
+    """What a run did, as the layers saw it."""
+
+    events: list[Action] = field(default_factory=list)
+    alive: weakref.WeakSet[Kept] = field(default_factory=weakref.WeakSet)
+    peak: int = 0
+
+    @property
+    def order(self) -> list[Action]:
+        """The actions, each when the first of the two layers was asked for it; both were, once."""
+        assert set(Counter(self.events).values()) <= {2}
+        return list(dict.fromkeys(self.events))
+
+    def note(self, kind: Any, microbatch: int) -> None:
+        self.events.append(Action(kind, microbatch))
+        self.peak = max(self.peak, len({kept.microbatch for kept in self.alive}))
+
+
+class Layer(Module):
+    """y = tanh(x W), which tells what it is asked to do; the place's ``step`` numbers the microbatches here."""
+
+    def __init__(self, number: int, cursor: Cursor, seen: Seen) -> None:
+        self.weight = Parameter((WIDTH, WIDTH))
+        self.weight.data = np.random.default_rng(number).standard_normal((WIDTH, WIDTH))
+        self.weight.grad = np.zeros((WIDTH, WIDTH))
+        self.cursor, self.seen = cursor, seen
+
+    def forward(self, x: Any) -> tuple[Any, Kept]:
+        here = self.cursor.place.step
+        kept = Kept(here, x, np.tanh(x @ self.weight.data))
+        self.seen.alive.add(kept)
+        self.seen.note("F", here)
+        return kept.y, kept
+
+    def backward(self, dy: Any, saved: Kept, wgrad: WGrad) -> Any:
+        assert saved.microbatch == self.cursor.place.step
+        self.seen.note("B", saved.microbatch)
+        inner = dy * (1 - saved.y**2)
+        wgrad(self.backward_weight, saved, inner)
+        return inner @ self.weight.data.T
+
+    def backward_weight(self, saved: Kept, inner: Any) -> None:
+        assert saved.microbatch == self.cursor.place.step
+        self.seen.note("W", saved.microbatch)
+        self.weight.grad += saved.x.reshape(-1, WIDTH).T @ inner.reshape(-1, WIDTH)
+
+
+class Squares(Module):
+    """L = sum (y - t)^2 / 2."""
+
+    def forward(self, x: Any) -> tuple[Any, Any]:
+        return ((x[0] - x[1]) ** 2).sum() / 2, x[0] - x[1]
+
+    def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> tuple[Any, None]:
+        return dy * saved, None
+
+
+def sizes(microbatches: int) -> list[int]:
+    """How many samples each has: 1, 0, 2, 1, 0, 2, ..."""
+    return [(1 + 2 * i) % 3 for i in range(microbatches)]
+
+
+def counts(size: int) -> list[int]:
+    """Numbers of microbatches to try: fewer than stages, as many, more."""
+    return sorted({1, 2, max(1, size - 1), size, size + 1, 2 * size + 1})
+
+
+def make(pp: Communicator, schedule: Schedule, microbatches: int) -> tuple[Pipeline, list[Microbatch], list[Layer], Seen]:
+    """Two layers a stage, the same whole model and samples for every number of stages that divides it."""
+    cursor, seen = Cursor(), Seen()
+    layers = [Layer(2 * pp.rank + i, cursor, seen) for i in range(2)]
+
+    def shape(place: Place) -> tuple[int, int, int]:
+        assert place.samples is not None
+        return LENGTH, len(place.samples), WIDTH
+
+    pipeline = Pipeline(Sequential(*layers), Squares(), pp, schedule, cursor, shape, np.empty(0))
+    random, batches, start = np.random.default_rng(7), [], 0
+    for i, n in enumerate(sizes(microbatches)):
+        inputs, targets = random.standard_normal((2, LENGTH, n, WIDTH))
+        place = Place(i, np.arange(start, start + n), LENGTH)
+        batches.append(
+            Microbatch(inputs if pipeline.first else None, targets if pipeline.last else None, place)
+        )
+        start += n
+    return pipeline, batches, layers, seen
+
+
+def serial(stages: int, microbatches: int, scale: float) -> tuple[float, list[Any]]:
+    """The loss and every layer's gradient of the whole model, over all samples at once, without a pipeline."""
+    cursor, seen = Cursor(), Seen()
+    layers = [Layer(i, cursor, seen) for i in range(2 * stages)]
+    _, batches, _, _ = make(Solo(), gpipe, microbatches)
+    inputs, targets = (np.concatenate([getattr(b, side) for b in batches], 1) for side in ("inputs", "targets"))
+    model = Sequential(*layers)
+    y, saved = model.forward(inputs)
+    model.backward(scale * (y - targets), saved, lambda fn, *args: fn(*args))
+    return float(((y - targets) ** 2).sum() / 2), [layer.weight.grad for layer in layers]
+
+
+@pytest.fixture
+def pp(world: Intracomm) -> Iterator[Communicator]:
+    """All ranks as one pipeline."""
+    with Mesh(world, pp=world.size) as mesh:
+        yield mesh["pp"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_equals_the_serial_model(pp: Communicator, name: str) -> None:
+    for m in counts(pp.size):
+        pipeline, batches, layers, _ = make(pp, SCHEDULES[name], m)
+        for layer in layers:
+            layer.weight.grad[...] = 1  # gradients are added to what is there
+        total = pipeline.step(batches, 0.1)
+        loss, gradients = serial(pp.size, m, 0.1)
+        assert total == (pytest.approx(loss, rel=1e-13) if pipeline.last else 0.0)
+        for layer, expected in zip(layers, gradients[2 * pp.rank :], strict=False):
+            np.testing.assert_allclose(layer.weight.grad - 1, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_actions_are_taken_in_the_order_of_the_schedule(pp: Communicator, name: str) -> None:
+    for m in counts(pp.size):
+        pipeline, batches, _, seen = make(pp, SCHEDULES[name], m)
+        pipeline.step(batches, 1.0)
+        planned = list(SCHEDULES[name](pp.rank, pp.size, m))
+        if name != "zb-h1":  # B is both, and each layer's W follows at once
+            assert all(seen.events[at - 1] == Action("B", e.microbatch) for at, e in enumerate(seen.events) if e.kind == "W")
+            planned = [b for a in planned for b in ([a, Action("W", a.microbatch)] if a.kind == "B" else [a])]
+        assert seen.order == planned
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_activations_are_freed_when_the_simulator_says(pp: Communicator, name: str) -> None:
+    for m in counts(pp.size):
+        pipeline, batches, _, seen = make(pp, SCHEDULES[name], m)
+        pipeline.step(batches, 1.0)
+        assert seen.peak == simulate(SCHEDULES[name], pp.size, m).peak[pp.rank]
+        assert not seen.alive
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_done_once_for_each_module_with_its_whole_gradient(pp: Communicator, name: str) -> None:
+    for m in counts(pp.size):
+        pipeline, batches, layers, seen = make(pp, SCHEDULES[name], m)
+        told: list[tuple[Any, Any, int]] = []
+        pipeline.step(batches, 1.0, lambda module: told.append((module, module.weight.grad.copy(), len(seen.events))))
+        assert Counter(id(module) for module, _, _ in told) == {id(layer): 1 for layer in layers}
+        assert [module for module, _, _ in told] == layers[::-1]
+        for module, gradient, _ in told:
+            np.testing.assert_array_equal(gradient, module.weight.grad)
+        # in the last action with weight gradients, and the second layer's while the first layer's are still to come
+        assert seen.events[told[0][2] - 1] == Action("W", m - 1)
+        assert told[0][2] < told[1][2] == len(seen.events)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_evaluate(pp: Communicator, name: str) -> None:
+    """The same loss, no gradient, and training goes on as before."""
+    pipeline, batches, layers, seen = make(pp, SCHEDULES[name], 6)
+    total = pipeline.evaluate(batches)
+    assert total == (pytest.approx(serial(pp.size, 6, 1.0)[0], rel=1e-13) if pipeline.last else 0.0)
+    assert not any(layer.weight.grad.any() for layer in layers)
+    assert seen.order == [Action("F", i) for i in range(6)]
+    seen.events.clear()
+    pipeline.step(batches, 1.0)
+    assert [e for e in seen.order if e.kind == "B"] == [a for a in SCHEDULES[name](pp.rank, pp.size, 6) if a.kind == "B"]
+
+
+def test_evaluate_keeps_no_activations(pp: Communicator) -> None:
+    """But for those of the microbatch in hand, and at most of the one before."""
+    pipeline, batches, _, seen = make(pp, gpipe, 6)
+    pipeline.evaluate(batches)
+    assert seen.peak <= 2
+
+
+def test_evaluate_keeps_the_schedule_after_an_error(pp: Communicator) -> None:
+    pipeline, _, _, _ = make(pp, gpipe, 1)
+    with pytest.raises(AttributeError):
+        pipeline.evaluate([None])  # type: ignore[list-item]
+    assert pipeline.schedule is gpipe
+
+
+def test_no_microbatches(pp: Communicator) -> None:
+    pipeline, batches, layers, _ = make(pp, gpipe, 0)
+    assert pipeline.step(batches, 1.0) == 0
+    assert not layers[0].weight.grad.any()
+
+
+def test_losses_add_up_in_float64(pp: Communicator) -> None:
+    """On the last stage the losses of many microbatches do not lose digits to the activations' float32."""
+    pipeline, batches, _, _ = make(pp, gpipe, 3)
+    pipeline.like = np.empty(0, np.float32)
+    assert pipeline.evaluate([]).dtype == np.float64
