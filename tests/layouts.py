@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hpcmp.comm.mesh import Mesh
+from hpcmp.parallel.schedules import SCHEDULES
 from hpcmp.training.config import SECTIONS, Config, Layout
 from hpcmp.training.engine import Engine
 
@@ -53,24 +54,20 @@ def small(**values: Any) -> Config:
     return Config.from_dict(tables).resolved()
 
 
-def layouts(config: Config, ranks: int) -> list[Config]:
-    """``config`` in every dp x pp x tp = ranks, with and without sequence parallelism, with each schedule.
+def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Config]:
+    """``config`` in every dp x pp x tp = ranks, with and without sequence parallelism; every second one recomputes.
 
-    Every second one recomputes.
+    schedules: with each schedule, else with one after the other in turn.
     """
     found: list[Config] = []
     for tp in (n for n in range(1, ranks + 1) if ranks % n == 0):
         for pp in (n for n in range(1, ranks // tp + 1) if ranks // tp % n == 0):
+            shape: dict[str, Any] = {"dp": ranks // tp // pp, "pp": pp, "tp": tp}
             for sequence in (True, False) if tp > 1 else (False,):
-                for schedule in ("1f1b", "gpipe", "zb-h1") if pp > 1 else ("1f1b",):
-                    layout = Layout(
-                        dp=ranks // tp // pp,
-                        pp=pp,
-                        tp=tp,
-                        sequence_parallel=sequence,
-                        schedule=schedule,
-                        recompute=len(found) % 2 == 1,
-                    )
+                turn = len(found) % len(SCHEDULES)
+                names = list(SCHEDULES) if schedules and pp > 1 else list(SCHEDULES)[turn : turn + 1]
+                for name in names:
+                    layout = Layout(**shape, sequence_parallel=sequence, schedule=name, recompute=len(found) % 2 == 1)
                     found.append(dataclasses.replace(config, layout=layout))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from ..parallel.buckets import Buckets
 from ..parallel.pipeline import Microbatch, Pipeline
 from ..parallel.schedules import SCHEDULES
 from .config import Config
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,19 @@ class Engine:
         """Wait for the device, so that a clock read next tells the truth."""
         if array_module(self.buckets.buckets[0].data if self.buckets.buckets else 0) is not np:
             self.xp.cuda.get_current_stream().synchronize()
+
+
+def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
+    """The mesh of a resolved configuration over ``comm`` (None: this process alone)."""
+    layout, device, communication = config.layout, config.train.device, config.communication
+    staged = False
+    if device != "cpu":
+        from ..comm.detect import cuda_aware, start_mpi
+
+        staged = not cuda_aware(start_mpi(), communication.cuda_aware)
+    assert layout.dp is not None  # filled in by resolved
+    backend = communication.backend
+    return Mesh(comm, dp=layout.dp, pp=layout.pp, tp=layout.tp, device=device, backend=backend, staged=staged)
 
 
 def architecture(config: Config) -> Architecture:

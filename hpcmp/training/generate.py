@@ -18,8 +18,8 @@ from ..data.tokenizer import Tokenizer, tokenizer_from
 from ..errors import CheckpointError
 from ..layers.parallel import TensorParallel
 from ..models.transformer import build
-from .config import Config
 from .engine import architecture
+from .state import config_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -46,7 +46,7 @@ class Generator:
     def __init__(self, path: str, comm: MPI.Intracomm | None = None, *, device: str = "cpu") -> None:
         self.mesh = Mesh(comm, tp=1 if comm is None else comm.size, device=device)
         self.checkpoint: Checkpoint = open_checkpoint(path, self.mesh)
-        config = Config.from_dict(self.checkpoint.state["config"])
+        config = config_of(self.checkpoint)
         self.architecture, self.xp = architecture(config), module_for(device)
         self.cursor = Cursor()
         self.model = build(self.architecture, TensorParallel(self.mesh["tp"], self.cursor))

@@ -30,7 +30,7 @@ _TYPES[bool] = ("true or false", "true or false")
 
 
 def option(default: Any, doc: str, span: str = "") -> Any:
-    """A field with a default; ``span`` is the interval that a number must lie in, such as ``"[0, 1)"`` or ``"(0, inf)"``."""
+    """A field with a default; ``span`` is the interval of a number, such as ``"[0, 1)"`` or ``"(0, inf)"``."""
     return dataclasses.field(default=default, metadata={"doc": doc, "span": span, "rule": ""})
 
 

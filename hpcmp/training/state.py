@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint import Slab
-from ..errors import CheckpointError
+from ..checkpoint import Checkpoint, Slab
+from ..errors import CheckpointError, InputError
 from ..module import Parameter
 from .config import Config
 from .engine import Engine
@@ -45,9 +44,18 @@ def load_slabs(engine: Engine) -> list[Slab]:
     return [Slab(name, p.shape, p.index, array) for name, p, array in tensors(engine)]
 
 
-def check_same_model(state: dict[str, Any], config: Config, path: Path) -> None:
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The resolved configuration of the run that wrote a checkpoint. Raises CheckpointError if no run did."""
+    try:
+        return Config.from_dict(checkpoint.state["config"])
+    except (KeyError, TypeError, InputError) as error:
+        raise CheckpointError(f"{checkpoint.path} holds no training run of this version: {error}") from None
+
+
+def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     """Raise CheckpointError, naming every key that differs, unless the checkpoint holds this model."""
-    then, now = state["config"]["model"], config.to_dict()["model"]
-    different = [f"model.{key} was {then[key]!r}, now it is {now[key]!r}" for key in _MODEL if then[key] != now[key]]
+    then, now = config_of(checkpoint).model, config.model
+    pairs = [(key, getattr(then, key), getattr(now, key)) for key in _MODEL]
+    different = [f"model.{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]
     if different:
-        raise CheckpointError(f"{path} holds another model: {'; '.join(different)}")
+        raise CheckpointError(f"{checkpoint.path} holds another model: {'; '.join(different)}")

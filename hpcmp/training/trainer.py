@@ -16,14 +16,11 @@ import numpy as np
 from .. import __version__
 from ..checkpoint import open_checkpoint, save
 from ..checkpoint.agree import agreed
-from ..comm.mesh import Mesh
-from ..data.loader import Batches
-from ..data.sampler import Sampler
-from ..data.tokens import TokenFile
 from ..errors import HpcmpError, InputError
 from .config import Config
-from .engine import Engine, Result
-from .metrics import Metrics, Progress, clock, peak_flops, plot
+from .engine import Engine, Result, mesh_for
+from .inputs import Inputs
+from .metrics import Metrics, Progress, peak_flops, plot
 from .state import check_same_model, load_slabs, save_slabs
 
 if TYPE_CHECKING:
@@ -46,17 +43,11 @@ class Trainer:
 
     def __init__(self, config: Config, comm: MPI.Intracomm | None = None) -> None:
         self.config = config.resolved(ranks=1 if comm is None else comm.size)
-        layout, train, communication = self.config.layout, self.config.train, self.config.communication
-        assert layout.dp is not None  # filled in by resolved
-        self.mesh = Mesh(
-            comm,
-            **{"dp": layout.dp, "pp": layout.pp, "tp": layout.tp},
-            device=train.device,
-            backend=communication.backend,
-            staged=_staged(communication.cuda_aware, train.device),
-        )
+        train = self.config.train
+        self.mesh = mesh_for(self.config, comm)
         with self._agreed():
-            self._open_data()
+            self.inputs = Inputs(self.config, self.mesh)
+            self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
             self._open_directory()
         self.engine = Engine(self.config, self.mesh)
         self.step = 0
@@ -85,7 +76,7 @@ class Trainer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.data.close()
+        self.inputs.close()
         if exc[0] is None:  # freeing is collective: after an error the other ranks may not come
             self.mesh.close()
 
@@ -101,7 +92,7 @@ class Trainer:
             if limit is not None and time.perf_counter() - self._began > 60 * limit:
                 self.request_stop(f"train.minutes = {limit:g} are over")
             start = time.perf_counter()
-            result = self.engine.step(self.step, *self.batches.next(), stop=self._stop)
+            result = self.engine.step(self.step, *self.inputs.train.next(), stop=self._stop)
             if not math.isfinite(result.norm):
                 raise HpcmpError(f"step {self.step}: loss {result.loss}, gradient norm {result.norm}; {self._last()}")
             self.step += 1
@@ -156,14 +147,15 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """The mean loss over ``run.evaluate_samples`` held-out samples, in nats a token; None if there are none."""
-        if self.held_out is None:
+        held_out = self.inputs.held_out
+        if held_out is None:
             return None
         if self._evaluated is not None and self._evaluated[0] == self.step:
             return self._evaluated[1]
-        batch = self.held_out.batch
+        batch = held_out.batch
         losses = [
             self.engine.evaluate(*data, batch=batch)
-            for data in self.held_out.held_out(max(1, self.config.run.evaluate_samples // batch))
+            for data in held_out.held_out(max(1, self.config.run.evaluate_samples // batch))
         ]
         loss = float(np.mean(losses))
         self._evaluated = self.step, loss
@@ -179,10 +171,10 @@ class Trainer:
             "hpcmp": __version__,
             "config": self.config.to_dict(),
             "optimizer_steps": self.engine.optimizer.steps,
-            "sampler": self.sampler.state_dict(),
+            "sampler": self.inputs.sampler.state_dict(),
             "layout": dataclasses.asdict(self.config.layout),
         }
-        slabs = save_slabs(self.engine, self.data.definition)
+        slabs = save_slabs(self.engine, self.inputs.tokenizer)
         c = self.config.checkpoint
         path = save(self.checkpoints, self.step, slabs, state, self.mesh, storage=c.storage, keep=c.keep)
         self._saved = self.step, path
@@ -191,28 +183,6 @@ class Trainer:
                 "step %d/%d  saved %s in %.1f s", self.step, self.config.train.steps, path, time.perf_counter() - start
             )
         return path
-
-    def _open_data(self) -> None:
-        c = self.config
-        if c.data.path is None:
-            raise InputError("data.path is not set: name a token file, as `hpcmp data prepare` writes it")
-        self.data = TokenFile(c.data.path)
-        wanted = c.model.vocabulary
-        if wanted is not None and wanted < self.data.vocabulary:
-            raise InputError(
-                f"model.vocabulary = {wanted} is less than the {self.data.vocabulary} tokens of {c.data.path}"
-            )
-        self.config = c = c.resolved(vocabulary=self.data.vocabulary)
-        split, share = self.data.split("train"), self.mesh["dp"].part(c.train.batch)
-        self.sampler = Sampler.over(split, c.model.sequence, c.train.seed)
-        self.batches = Batches(split, self.sampler, c.train.batch, share)
-        valid = self.data.split("valid")
-        windows = (len(valid) - 1) // c.model.sequence
-        self.held_out = None
-        if windows > 0:
-            batch = min(windows, c.train.batch)
-            sampler = Sampler.over(valid, c.model.sequence, c.train.seed)
-            self.held_out = Batches(valid, sampler, batch, self.mesh["dp"].part(batch))
 
     def _open_directory(self) -> None:
         if self.config.run.plot and find_spec("matplotlib") is None:
@@ -239,8 +209,8 @@ class Trainer:
         checkpoint = open_checkpoint(self.checkpoints, self.mesh)
         state = checkpoint.state
         with self._agreed():
-            check_same_model(state, self.config, checkpoint.path)
-            self.sampler.load_state_dict(state["sampler"])
+            check_same_model(checkpoint, self.config)
+            self.inputs.sampler.load_state_dict(state["sampler"])
         checkpoint.load(load_slabs(self.engine))
         self.engine.optimizer.steps = state["optimizer_steps"]
         self.step = checkpoint.step
@@ -280,16 +250,3 @@ class Trainer:
 
     def _agreed(self) -> Any:
         return agreed(self.mesh, lambda who, why: InputError(f"{who}{why}"))
-
-
-def _staged(cuda_aware: str, device: str) -> bool:
-    """Whether MPI gets host copies of device arrays."""
-    if device == "cpu":
-        return False
-    from ..comm.detect import cuda_aware as ask
-    from ..comm.detect import start_mpi
-
-    return not ask(start_mpi(), cuda_aware)
-
-
-__all__ = ["Trainer", "clock"]

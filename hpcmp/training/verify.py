@@ -20,7 +20,7 @@ from ..data.tokens import TokenFile
 from ..errors import InputError
 from ..module import Index, Parameter
 from .config import Config, Layout
-from .engine import Engine
+from .engine import Engine, mesh_for
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -170,10 +170,7 @@ def _compare(
     steps: int,
     report: Report,
 ) -> Report:
-    layout = config.layout
-    shape = {"dp": layout.dp or 1, "pp": layout.pp, "tp": layout.tp}
-    staged = config.communication.cuda_aware == "no"
-    with Mesh(comm, **shape, device=config.train.device, backend=config.communication.backend, staged=staged) as mesh:
+    with mesh_for(config, comm) as mesh:
         engine = Engine(config, mesh)
         names = _broadcast(comm, [(n, a.shape) for n, a in serial.gradients[0].items()] if serial.gradients else None)
         found = {name: Difference(name, shape) for name, shape in names}
