@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError
+
 #: A NumPy or CuPy array. The two share one interface and no base class, so the type is not narrower than this.
 Array = Any
 
@@ -22,11 +24,15 @@ def array_module(x: Array) -> ModuleType:
 
 
 def module_for(device: str) -> ModuleType:
-    """The array module of a device named in a configuration: ``"cpu"`` or ``"cuda"``."""
+    """The array module of a device named in a configuration: ``"cpu"`` or ``"cuda"``. Raises InputError without it."""
     if device == "cpu":
         return np
-    import cupy
-
+    try:
+        import cupy
+    except ImportError:
+        raise InputError('train.device = "cuda" needs CuPy: pip install "hpcmp[cuda12]" (or cuda13)') from None
+    if not cupy.is_available():
+        raise InputError('train.device = "cuda": CuPy finds no GPU (is the driver there, and a device visible?)')
     module: ModuleType = cupy
     return module
 

@@ -11,6 +11,7 @@ import socket
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ def first_line(error: Exception) -> str:
 def _load(name: str) -> tuple[Any, str]:
     """The module, or None and why: what is optional or broken must not end the doctor."""
     try:
-        return importlib.import_module(name), ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what CuPy misses is in the report
+            return importlib.import_module(name), ""
     except Exception as error:
         return None, first_line(error)
 
@@ -157,8 +160,10 @@ def gpu_check(ranks: list[Facts]) -> Check:
         return Check("GPUs", "warn", "CuPy finds no GPU", "run on a node with a GPU and its driver, or on the CPU")
     name = _ask(lambda: cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "unknown")
     # A launcher may show each rank its own GPU alone; then a count of 1 for many ranks is as it should be.
-    crowd = "start at most one rank a GPU" if here > count and "CUDA_VISIBLE_DEVICES" not in os.environ else ""
-    return Check("GPUs", "warn" if crowd else "ok", f"{count} x {name} for {here} ranks on this host", crowd)
+    advice = "start at most one rank a GPU" if here > count and "CUDA_VISIBLE_DEVICES" not in os.environ else ""
+    if ranks[0].versions.get("NCCL") == "not found":
+        advice = '`pip install nvidia-nccl-cu12` or -cu13, or set communication.backend = "mpi": there is no NCCL'
+    return Check("GPUs", "warn" if advice else "ok", f"{count} x {name} for {here} ranks on this host", advice)
 
 
 def gemm_rate(n: int = 768) -> float:
@@ -179,8 +184,7 @@ def core_check(ranks: list[Facts]) -> Check:
     shares: dict[str, list[detect.Share]] = {}
     for rank in ranks:
         shares.setdefault(rank.host, []).append(rank.share)
-    warnings = (detect.oversubscription(len(there), there) for there in shares.values())
-    warning = next(filter(None, warnings), "")
+    warning = next(filter(None, (detect.oversubscription(len(there), there) for there in shares.values())), "")
     mine = ranks[0].share
     value = f"BLAS threads of a rank: {mine.threads}, cores that it may use: {len(mine.cores)}"
     return Check("cores", "warn" if warning else "ok", value, warning)

@@ -103,6 +103,9 @@ class Buckets:
                 raise RuntimeError(f"{type(module).__name__} called wgrad more than once in a backward ({names})")
             if bucket.missing == 0 and "ends" not in bucket.parameters[0].shared:
                 bucket.start()
+        for bucket in self.buckets:  # many an MPI makes progress only inside its calls
+            for pending in bucket.pending or ():
+                pending.test()
 
     def finish(self) -> None:
         """Start what has not started, and wait for all: every ``grad`` then holds the gradient of the global batch."""

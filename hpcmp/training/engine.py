@@ -144,6 +144,7 @@ class Engine:
 def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
     """The mesh of a resolved configuration over ``comm`` (None: this process alone)."""
     layout, device, communication = config.layout, config.train.device, config.communication
+    module_for(device)  # refuses a device that is not there
     staged = False
     if device != "cpu":
         from ..comm.detect import cuda_aware, start_mpi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,20 @@ def test_a_full_disk_is_a_warning(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**29))
     check = checks.directory_check(None)
     assert check.status == "warn" and "checkpoint" in check.advice
+
+
+@pytest.mark.parametrize(
+    ("devices", "ranks", "nccl", "advice"),
+    [(2, 2, "2.28.9", ""), (2, 3, "2.28.9", "one rank a GPU"), (2, 2, "not found", "nccl"), (0, 1, "not found", "GPU")],
+)
+def test_gpus_are_set_against_the_ranks_of_the_host(monkeypatch, devices, ranks, nccl, advice):
+    runtime = SimpleNamespace(getDeviceCount=lambda: devices, getDeviceProperties=lambda i: {"name": b"H100"})
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check = checks.gpu_check([facts(socket.gethostname(), NCCL=nccl)] * ranks)
+    assert (check.status == "ok") is (advice == "") and advice in check.advice
+    assert not devices or check.value == f"{devices} x H100 for {ranks} ranks on this host"
 
 
 @pytest.mark.gpu

@@ -67,7 +67,7 @@ def test_the_comparison_finds_planted_errors(long_file: TokenFile) -> None:
 
 
 @pytest.mark.mpi
-def test_ranks_read_their_shares_of_one_batch(tmp_path_factory: pytest.TempPathFactory, long_path: Path) -> None:
+def test_ranks_read_their_shares_of_one_batch(long_path: Path) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

@@ -241,7 +241,9 @@ def test_two_at_once(corpus: Path, tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InputError, match=r"another process is writing .*c\.h5"):
             prepare([corpus], tmp_path / "c.h5")
-    assert prepare([corpus], tmp_path / "c.h5").status == "written"  # a partial file without a holder is in nobody's way
+    assert (
+        prepare([corpus], tmp_path / "c.h5").status == "written"
+    )  # a partial file without a holder is in nobody's way
 
 
 def test_interrupted(corpus: Path, tmp_path: Path) -> None:

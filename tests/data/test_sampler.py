@@ -126,6 +126,7 @@ def test_held_out_windows_are_spread_evenly(count: int) -> None:
     starts = sampler.held_out(count)
     assert len(starts) == min(count, 125) and (starts % 8 == 0).all()
     assert starts[0] == 0 and starts[-1] + 9 <= 1001
+    assert starts[-1] >= 8 * (124 - 125 / count)  # up to the end
     gaps = np.diff(starts)
     assert len(gaps) == 0 or (gaps.min() >= 8 and gaps.max() - gaps.min() <= 8)
     np.testing.assert_array_equal(Sampler(1001, 8, seed=5).held_out(count), starts)

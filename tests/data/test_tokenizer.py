@@ -41,6 +41,7 @@ def check(tokenizer: Tokenizer) -> None:
     assert tokenizer.end_of_document < tokenizer.vocabulary and tokenizer.end_of_document not in ids
     batch = tokenizer.encode_batch([TEXT.encode(), b"", b"x"])
     assert [tokenizer.decode(b) for b in batch] == [TEXT, "", "x"]
+    assert [len(b) for b in batch] == [len(ids), 0, 1]  # nothing cut, nothing padded
     again = tokenizer_from(tokenizer.definition)
     assert (again.name, again.vocabulary, again.end_of_document) == (
         tokenizer.name,

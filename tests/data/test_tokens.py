@@ -234,7 +234,9 @@ def test_tokens_that_lie_elsewhere_are_refused(kind: str, token_path: Path, tmp_
         elsewhere(file, kind, other)
     with h5py.File(token_path) as file, h5py.File(other) as source:  # HDF5 itself would have read them
         np.testing.assert_array_equal(file["train/tokens"][:], source["train/tokens"][:])
-    refused(token_path, "is a link to elsewhere" if "storage" not in kind and kind != "virtual" else "keeps its numbers")
+    refused(
+        token_path, "is a link to elsewhere" if "storage" not in kind and kind != "virtual" else "keeps its numbers"
+    )
 
 
 def test_compressed_and_chunked_files_are_read(token_path: Path) -> None:
