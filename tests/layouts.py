@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hpcmp.comm.mesh import Mesh
 from hpcmp.parallel.schedules import SCHEDULES
-from hpcmp.training.config import SECTIONS, Config, Layout
-from hpcmp.training.engine import Engine
+from hpcmp.training.config import SECTIONS, Config, Layout, with_layout
+from hpcmp.training.engine import Engine, mesh_for
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -28,6 +27,7 @@ SMALL: dict[str, Any] = {
     "dtype": "float64",
     "steps": 10,
     "warmup": 2,
+    "dp": 1,
     "clip": 0.5,  # less than the gradient's norm: clipping takes part
 }
 
@@ -54,6 +54,12 @@ def small(**values: Any) -> Config:
     return Config.from_dict(tables).resolved()
 
 
+def spread(config: Config, text: str, ranks: int | None = None) -> Config:
+    """``config`` in the layout of ``text``, such as "tp=2,sp=1,micro=3", with ``dp`` what is left of ``ranks``, or 1."""
+    config = with_layout(config, text)
+    return config.resolved(ranks=ranks or config.layout.ranks)
+
+
 def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Config]:
     """``config`` in every dp x pp x tp = ranks, with and without sequence parallelism; every second one recomputes.
 
@@ -75,8 +81,7 @@ def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Conf
 @contextmanager
 def engine(config: Config, comm: Intracomm | None = None) -> Iterator[Engine]:
     """An engine on all ranks of ``comm``; its communicators are freed at the end."""
-    layout = config.layout
-    with Mesh(comm, dp=layout.dp or 1, pp=layout.pp, tp=layout.tp) as mesh:
+    with mesh_for(config, comm) as mesh:
         yield Engine(config, mesh)
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from . import manifest
-from .hdf5 import check_size, sync
 from .manifest import Manifest
+from .reader import check_size
+from .writer import sync
 
 LATEST = "latest"
 STEP = re.compile(r"step_[0-9]{8,18}")

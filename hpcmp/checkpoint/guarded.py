@@ -8,15 +8,15 @@ from typing import Any
 
 
 class GuardedFile(io.FileIO):
-    """A new file that keeps the first error of writing to itself until ``check`` raises it.
+    """A file that keeps the first error of writing to itself until ``check`` raises it.
 
     HDF5 cannot close a file whose last writes fail (disk full, quota, a limit on file sizes), and its library then
     crashes when the interpreter ends. Given this object it believes that every write succeeded and closes in peace;
     nothing is lost, since a file with an error is thrown away.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "x+")
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
         self.path = path
         self.error: OSError | None = None
 

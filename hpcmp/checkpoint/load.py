@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..arrays import array_module
 from ..errors import CheckpointError
-from . import directory, hdf5, manifest
+from . import directory, manifest, reader
 from .agree import agreed, broadcast
 from .manifest import Manifest, Piece, Tensor
 from .slab import Index, Region, Slab
@@ -151,7 +151,7 @@ class Checkpoint:
                 for tensor, piece in dict.fromkeys((fill.tensor, fill.piece) for fill in group):
                     self._check(file, tensor, piece)
 
-    def _check(self, file: hdf5.OpenFile, tensor: Tensor, piece: Piece) -> None:
+    def _check(self, file: reader.OpenFile, tensor: Tensor, piece: Piece) -> None:
         if file.digest(*self._dataset(tensor, piece), piece.region) != piece.digest:
             raise CheckpointError(
                 f"{file.path}: {piece.dataset}: damaged: its numbers have changed since they were saved"
@@ -165,8 +165,8 @@ class Checkpoint:
                     for block, values in file.read(*self._dataset(fill.tensor, fill.piece), fill.region):
                         fill.slab.data[block.relative(origin)] = xp.asarray(values)
 
-    def _open(self, name: str) -> hdf5.OpenFile:
-        return hdf5.open_checked(self.path / name, self.manifest.files[name])
+    def _open(self, name: str) -> reader.OpenFile:
+        return reader.open_checked(self.path / name, self.manifest.files[name])
 
     def _dataset(self, tensor: Tensor, piece: Piece) -> tuple[str, tuple[int, ...], str, tuple[int, ...]]:
         shape, origin = self.manifest.dataset_shape(tensor, piece), self.manifest.origin(piece)

@@ -35,6 +35,11 @@ FILE = re.compile(rf"{_WORD}\.h5")
 DIGEST = re.compile("[0-9a-f]{8}")
 
 
+def on_disk(dtype: str) -> np.dtype[Any]:
+    """The dtype as it is in files: little-endian."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A region of a tensor, as one rank wrote it: in which dataset of which file; the CRC-32 of its C-order bytes."""

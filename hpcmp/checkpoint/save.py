@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import HpcmpError, InputError
-from . import directory, hdf5
+from . import directory, reader, writer
 from .agree import agreed, broadcast, gather
-from .hdf5 import Dataset
 from .manifest import DTYPES, TENSOR, DataFile, Manifest, Piece, Tensor
 from .slab import Region, Slab, check_tiling
+from .writer import Dataset
 
 if TYPE_CHECKING:
     from ..comm.mesh import Mesh
@@ -80,7 +80,11 @@ def save(
         temporary, kinds = broadcast(mesh, (temporary, kinds))
         path = Path(temporary or "", SHARED if shared else f"rank_{mesh.rank:05d}.h5")
         with agreed(mesh, failed):
-            written = _write(path, parts, kinds, mesh, at, shared)
+            datasets = _shared_datasets(kinds) if shared else _own_datasets(parts)
+            if mesh.rank == 0 if shared else parts:
+                writer.lay_out(path, datasets)
+        with agreed(mesh, failed):
+            written = _write(path, parts, datasets, mesh, at, shared)
         gathered = gather(mesh, written)
         with agreed(mesh, failed):
             if mesh.rank == 0 and temporary:
@@ -146,27 +150,29 @@ def _check(told: Sequence[Sequence[tuple[str, Kind, Region]]]) -> dict[str, Kind
 
 
 def _write(
-    path: Path, parts: Sequence[Part], kinds: dict[str, Kind], mesh: Mesh, at: Callable[[str], None], shared: bool
+    path: Path, parts: Sequence[Part], datasets: Sequence[Dataset], mesh: Mesh, at: Callable[[str], None], shared: bool
 ) -> Written:
     """Write this rank's parts, read them back, and say what the manifest needs to know."""
-    if shared:
-        whole = {name: Dataset(name, shape, dtype, (0,) * len(shape), shape) for name, (shape, dtype) in kinds.items()}
-        datasets, targets = list(whole.values()), [whole[slab.name] for slab, _ in parts]
-    else:
-        datasets = targets = _own_datasets(parts)
-        if not targets:
-            return path.name, None, []
+    if not parts and not shared:
+        return path.name, None, []
+    by_name = {item.path: item for item in datasets}
+    targets = [by_name[slab.name] for slab, _ in parts] if shared else datasets
     pairs = [(target, slab, region) for target, (slab, region) in zip(targets, parts, strict=True)]
-    digests = hdf5.write(path, datasets, pairs, mesh.comm if shared else None, at)
+    digests = writer.write(path, pairs, mesh.comm if shared else None, at)
     at("digest")
     pieces = []
-    with hdf5.OpenFile(path) as file:
+    with reader.OpenFile(path) as file:
         for (target, slab, region), digest in zip(pairs, digests, strict=True):
             if file.digest(target.path, target.shape, target.dtype, target.origin, region) != digest:
                 raise OSError(f"{path}: {slab.name} does not read back as it was written")
             pieces.append((slab.name, Piece(path.name, target.path, region.start, region.count, digest)))
-    facts = None if shared and mesh.rank else hdf5.measure(path, [item.path for item in datasets])
+    facts = None if shared and mesh.rank else reader.measure(path, [item.path for item in datasets])
     return path.name, facts, pieces
+
+
+def _shared_datasets(kinds: dict[str, Kind]) -> list[Dataset]:
+    """A dataset for each tensor, whole."""
+    return [Dataset(name, shape, dtype, (0,) * len(shape), shape) for name, (shape, dtype) in kinds.items()]
 
 
 def _own_datasets(parts: Sequence[Part]) -> list[Dataset]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,25 @@ def start_mpi() -> Any:
     if not MPI.Is_initialized():
         if wrong := _other_mpi(MPI.get_vendor()[0]):
             raise InputError(wrong)
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with _alone():
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
     if wrong := wrong_mpiexec(MPI.COMM_WORLD.size):
         raise InputError(wrong)
     return MPI
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Spare a process that no launcher started Open MPI's search for network cards, a second long, while MPI starts."""
+    name = "OMPI_MCA_btl"
+    if launcher() is not None or name in os.environ:
+        yield
+        return
+    os.environ[name] = "self"
+    try:
+        yield
+    finally:
+        del os.environ[name]  # a job that this process launches has ranks to talk to
 
 
 def wrong_mpiexec(world_size: int) -> str | None:

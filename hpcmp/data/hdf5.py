@@ -26,8 +26,8 @@ def open_file(path: Path, kind: str) -> Any:
     Without file locks: token files never change, and some file systems lack them.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(len(SIGNATURE))
+        with open(path, "rb") as raw:
+            start = raw.read(len(SIGNATURE))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     if start != SIGNATURE:

@@ -4,5 +4,3 @@ Nothing here has run on a GPU yet (see docs/gpu.md).
 """
 
 from __future__ import annotations
-
-from .reference import *  # noqa: F403

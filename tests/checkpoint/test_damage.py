@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcmp.checkpoint import hdf5, manifest, open_checkpoint
+from hpcmp.checkpoint import manifest, open_checkpoint, reader
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError
 from tests.checkpoint.cases import assert_filled, assert_untouched, targets, value, write
@@ -124,7 +124,7 @@ def forge(path, data, change):
         change(file)
     with open(data, "ab") as stream:
         stream.truncate(max(stored.bytes, stream.tell()))
-    forged = replace(stored, bytes=data.stat().st_size, digest=hdf5._rest(data, stored.extents))
+    forged = replace(stored, bytes=data.stat().st_size, digest=reader._rest(data, stored.extents))
     text = replace(found, files={data.name: forged}).render()
     (path / "manifest.json").write_bytes(text)
 
@@ -257,7 +257,7 @@ def test_a_file_that_is_no_hdf5(made):
     found, _ = manifest.read(path / "manifest.json")
     data.write_bytes(bytes(data.stat().st_size))
     stored = found.files[data.name]
-    forged = replace(stored, digest=hdf5._rest(data, stored.extents))
+    forged = replace(stored, digest=reader._rest(data, stored.extents))
     (path / "manifest.json").write_bytes(replace(found, files={data.name: forged}).render())
     refused(path, f"{data}: .*")
 

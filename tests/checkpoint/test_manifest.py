@@ -16,7 +16,9 @@ from hpcmp.errors import CheckpointError
 from tests.checkpoint.cases import write
 
 PATH = Path("run/step_00000007/manifest.json")
-A = Tensor((4, 6), "float32", (Piece("a.h5", "a", (0, 0), (4, 2), "0" * 8), Piece("b.h5", "a", (0, 2), (4, 4), "1" * 8)))
+A = Tensor(
+    (4, 6), "float32", (Piece("a.h5", "a", (0, 0), (4, 2), "0" * 8), Piece("b.h5", "a", (0, 2), (4, 4), "1" * 8))
+)
 FILES = {"a.h5": DataFile(1000, ((100, 16), (200, 16)), "2" * 8), "b.h5": DataFile(500, ((0, 64),), "3" * 8)}
 GOOD = Manifest(7, "2026-01-01T00:00:00.000000+00:00", "files", FILES, {"a": A}, {"x": [1, 2.5, None, "ü"]})
 

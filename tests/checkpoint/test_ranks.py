@@ -47,7 +47,12 @@ def test_each_layout_reads_another(world, mpi_tmp_path, storage):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_another_number_of_ranks(world, mpi_tmp_path, storage):
-    for writers, readers in ((1, world.size), (world.size - 1, world.size), (world.size, 1), (world.size, world.size - 1)):
+    for writers, readers in (
+        (1, world.size),
+        (world.size - 1, world.size),
+        (world.size, 1),
+        (world.size, world.size - 1),
+    ):
         some = world.Split(world.rank < writers)
         if world.rank < writers:
             with Mesh(some, tp=writers) as mesh:
@@ -80,7 +85,10 @@ def test_slabs_that_do_not_tile_are_refused_by_all(world, mpi_tmp_path):
     ]
     if size > 1:
         cases += [
-            (f"x: float32 ({size},) on rank {size - 1}, float32 ({size + 2},) before it", line(rank, rank + 1, size + 2 * (not last))),
+            (
+                f"x: float32 ({size},) on rank {size - 1}, float32 ({size + 2},) before it",
+                line(rank, rank + 1, size + 2 * (not last)),
+            ),
             ("x: [0:1] and [0:1] overlap", line(0, 1)),
         ]
     with Mesh(world, dp=size) as mesh:

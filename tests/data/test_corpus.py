@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ def tree(folder: Path, *names: str) -> Path:
     return folder
 
 
-def names(*inputs: Path, **options: list[str]) -> list[str]:
-    return [document.name for document in Corpus(inputs, **options)]
+def names(*inputs: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    return [document.name for document in Corpus(inputs, include, exclude)]
 
 
 def text_of(path: Path) -> bytes:

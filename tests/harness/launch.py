@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,9 +54,14 @@ def start(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill every process of the session: each rank has a process group of its own, so a killpg would miss them."""
+    """Kill every process of the session: each rank has a process group of its own, so a killpg would miss them.
+
+    What MPICH or NCCL mapped of /dev/shm and can no longer remove is removed here.
+    """
+    shared: set[Path] = set()
     while alive := _session(process.pid):
         for pid in alive:
+            shared |= _shared_memory(pid)
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -63,6 +69,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.poll()
         time.sleep(0.01)
     process.wait()
+    for path in shared:
+        path.unlink(missing_ok=True)
 
 
 def _session(leader: int) -> list[int]:
@@ -76,6 +84,14 @@ def _session(leader: int) -> list[int]:
         if int(session) == leader and state != "Z":
             alive.append(int(stat.parent.name))
     return alive
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """The files of /dev/shm that a process maps."""
+    try:
+        return {Path(path) for path in re.findall(r"/dev/shm/.*", Path(f"/proc/{pid}/maps").read_text())}
+    except OSError:
+        return set()
 
 
 def run_mpi(

@@ -10,6 +10,7 @@ Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a ran
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -83,11 +84,19 @@ class RankedTest(pytest.Item):
         return path, line, self.name
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A program that uses Open MPI without mpirun leaves 16 MB in /dev/shm: have serial tests leave it in a folder."""
+    if not _is_rank(config) and "OMPI_MCA_btl_sm_backing_directory" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="hpcmp-alone-", ignore_cleanup_errors=True)
+        os.environ["OMPI_MCA_btl_sm_backing_directory"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put in place of each test marked ``mpi``, after the serial tests, one for each number of ranks that it allows."""
     ranked = [item for item in items if item.get_closest_marker("mpi")]
-    if not ranked or config.getoption("with_mpi") or config.getoption("only_mpi"):
+    if not ranked or _is_rank(config):
         return
     try:
         counts = sorted({int(count) for count in COUNTS.split(",")})
@@ -105,6 +114,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items.append(RankedTest.from_parent(item.parent, name=name, original=item, ranks=ranks))
     if len(items) == serial:
         raise pytest.UsageError(f"no multi-rank test can run: all need more ranks than HPCMP_TEST_RANKS={COUNTS}")
+
+
+def _is_rank(config: pytest.Config) -> bool:
+    return bool(config.getoption("with_mpi") or config.getoption("only_mpi"))
 
 
 def _min_size(item: pytest.Item) -> int:

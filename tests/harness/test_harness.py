@@ -217,3 +217,19 @@ def test_run_mpi_ends_a_job_that_hangs(
     with pytest.raises(AssertionError, match=r"ran past 3 s\nin the hang"):
         run_mpi(2, [sys.executable, "-c", program], timeout=3)
     assert launch._session(started[0].pid) == []
+
+
+def test_shared_memory_of_a_killed_job_is_removed(
+    run_mpi: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    program = """
+import mmap, os, tempfile, time
+file = tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="hpcmp-test-", delete=False)
+file.truncate(4096)
+mapped = mmap.mmap(file.fileno(), 4096)
+print(file.name, flush=True)
+time.sleep(60)
+"""
+    with pytest.raises(AssertionError, match="/dev/shm/hpcmp-test-") as raised:
+        run_mpi(1, [sys.executable, "-c", program], timeout=2)
+    assert not Path(str(raised.value).split()[-1]).exists()

@@ -10,9 +10,8 @@ import pytest
 
 from hpcmp.training.config import Config
 from hpcmp.training.engine import Result, architecture
-from hpcmp.training.layout import parse_layout
 from hpcmp.training.verify import Source, short, source_of
-from tests.layouts import engine, layouts, small
+from tests.layouts import engine, layouts, small, spread
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -243,8 +242,7 @@ def curve_deviation(world: Intracomm, style: str, rate: float, layout: str) -> f
     config = small(**CURVE, style=style, learning_rate=rate)
     wanted = np.array([result.loss for result in steps(config, None, 50, affine(config))])
     assert wanted[-5:].mean() < 0.9 * wanted[0], "it does not learn"
-    spread = dataclasses.replace(config, layout=parse_layout(layout, config.layout).resolved(world.size))
-    found = np.array([result.loss for result in steps(spread, world, 50, affine(config))])
+    found = np.array([result.loss for result in steps(spread(config, layout, world.size), world, 50, affine(config))])
     return float(np.abs(found / wanted - 1).max())
 
 

@@ -1,113 +1,22 @@
-"""Pieces in HDF5 files: contiguous datasets of plain numbers, written by one rank or by all, read with suspicion."""
+"""Reading pieces from HDF5 files, with suspicion: contiguous datasets of plain numbers, and nothing else."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import to_host
 from ..errors import CheckpointError
 from .agree import reason
-from .guarded import GuardedFile
-from .manifest import DataFile
-from .slab import BLOCK, Region, Slab
-
-if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset to create: its path in the file, shape, dtype, and where in the tensor of ``whole`` shape it starts."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    origin: tuple[int, ...]
-    whole: tuple[int, ...]
-
-
-def on_disk(dtype: str) -> np.dtype[Any]:
-    """The dtype as it is in files: little-endian."""
-    return np.dtype(dtype).newbyteorder("<")
-
-
-def write(
-    path: Path,
-    datasets: Sequence[Dataset],
-    parts: Sequence[tuple[Dataset, Slab, Region]],
-    comm: Intracomm | None,
-    at: Callable[[str], None],
-) -> list[str]:
-    """Create the file with ``datasets``, in order, and write each part into its dataset; returns the parts' digests.
-
-    With ``comm`` all its ranks share the file: collective, with the same datasets on every rank. ``at`` is told each
-    phase. On return the file is closed and its data are on the disk. Raises OSError, after the file is closed.
-    """
-    import h5py
-
-    options = {} if comm is None else {"driver": "mpio", "comm": comm}
-    guarded = GuardedFile(path) if comm is None else None
-    failure: Exception | None = None
-    digests: list[str] = []
-    # Closing is collective, so that an error waits until it is done.
-    with guarded or nullcontext(), h5py.File(guarded or path, "w", **options) as file:
-        made = {item.path: _create(file, item) for item in datasets}
-        try:
-            for item, slab, region in parts:
-                digests.append(_write(made[item.path], item, slab, region))
-                at("write")
-                if guarded:
-                    guarded.check()
-        except Exception as error:
-            failure = error
-        at("flush")
-        file.flush()
-    if guarded:
-        guarded.check()
-    if failure:
-        raise OSError(f"{path}: {reason(failure)}")
-    at("fsync")
-    sync(path)
-    return digests
-
-
-def _create(file: Any, item: Dataset) -> Any:
-    dataset = file.create_dataset(item.path, item.shape, on_disk(item.dtype))
-    dataset.attrs["start"] = np.array(item.origin, np.int64)
-    dataset.attrs["shape"] = np.array(item.whole, np.int64)
-    return dataset
-
-
-def _write(dataset: Any, item: Dataset, slab: Slab, region: Region) -> str:
-    crc = 0
-    for block in region.blocks(dataset.dtype.itemsize):
-        host: Any = np.asarray(to_host(slab.data[block.relative(region.start)]), dataset.dtype, order="C")
-        crc = zlib.crc32(host, crc)
-        dataset[block.relative(item.origin)] = host
-    return f"{crc:08x}"
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a directory with the names in it, from the system's cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that syncs no directories
-            raise
-    finally:
-        os.close(descriptor)
+from .manifest import DataFile, on_disk
+from .slab import BLOCK, Region
 
 
 def measure(path: Path, datasets: Sequence[str]) -> DataFile:

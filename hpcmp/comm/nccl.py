@@ -1,0 +1,261 @@
+"""Communicator over NCCL for arrays on a GPU; arrays on the host go over MPI.
+
+Nothing here waits on the host. A call starts once the work queued so far on the current stream is done, on a stream of
+its own, and ``wait()`` makes the stream that is then current wait for it; until then ``Pending`` keeps the buffers, so
+that CuPy's pool, which hands freed memory out again in the order of one stream, cannot reuse them too early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, array_module
+from ..errors import HpcmpError, InputError
+from .base import Layouts, Op, Pending
+from .mpi import MpiCommunicator
+
+LaneName = tuple[str, int]
+Call = tuple[int, Callable[[int], None]]  # how many elements it moves, and the call itself, given the stream's pointer
+
+_COLLECTIVES: LaneName = ("collectives", 0)
+
+
+class Library:
+    """What of CuPy is used: NCCL's calls, streams and events. Tests put a model of it in its place."""
+
+    def __init__(self) -> None:
+        import cupy
+        from cupy.cuda import nccl
+
+        if not nccl.available:
+            raise InputError(
+                'communication.backend: CuPy finds no NCCL (pip install "nvidia-nccl-cu12", or -cu13); "mpi" needs none'
+            )
+        self.cuda, self.nccl = cupy.cuda, nccl
+
+    def on_device(self, x: Array) -> bool:
+        """Whether ``x`` is NCCL's to move."""
+        return not isinstance(x, np.ndarray)
+
+    def pointer(self, x: Array) -> int:
+        """The address of the first element of a contiguous array."""
+        return int(x.data.ptr)
+
+    def stream(self) -> Any:
+        """A new stream, which no other stream waits for unless it is told to."""
+        return self.cuda.Stream(non_blocking=True)
+
+    def current(self) -> Any:
+        """The stream on which the caller computes."""
+        return self.cuda.get_current_stream()
+
+    def event(self) -> Any:
+        """A new event."""
+        return self.cuda.Event(disable_timing=True)
+
+
+class Done:
+    """The end of an operation, as ``Pending`` asks for it; its names are those of an MPI request."""
+
+    def __init__(self, library: Library, event: Any) -> None:
+        self.library, self.event = library, event
+
+    def Wait(self) -> None:
+        """What is queued from now on runs after it."""
+        self.library.current().wait_event(self.event)
+
+    def Test(self) -> bool:
+        """Whether it is over."""
+        return bool(self.event.done)
+
+
+class Lane:
+    """An NCCL communicator with a stream of its own: its operations run in the order in which they are started.
+
+    Making one is collective over ``control``, which carries NCCL's unique id.
+    """
+
+    def __init__(self, library: Library, control: MpiCommunicator) -> None:
+        comm = control.comm
+        unique_id = comm.bcast(library.nccl.get_unique_id() if comm.rank == 0 else None)
+        try:
+            self.nccl = library.nccl.NcclCommunicator(comm.size, unique_id, comm.rank)
+        except RuntimeError as error:
+            advice = 'NCCL_DEBUG=WARN in the environment says more, communication.backend = "mpi" does without'
+            raise HpcmpError(f"NCCL does not connect {comm.size} ranks ({error}): {advice}") from error
+        self.library, self.stream = library, library.stream()
+
+    def start(self, calls: list[Call], result: Array, *keep: Any) -> Pending:
+        """Queue NCCL calls as one operation; those that move nothing are left out, on every rank alike."""
+        ready, done = self.library.event(), self.library.event()
+        ready.record(self.library.current())
+        self.stream.wait_event(ready)
+        with self._group():
+            for count, call in calls:
+                if count:
+                    call(self.stream.ptr)
+        done.record(self.stream)
+        return Pending(result, [Done(self.library, done)], None, *keep)
+
+    @contextlib.contextmanager
+    def _group(self) -> Iterator[None]:
+        self.library.nccl.groupStart()
+        try:
+            yield
+        finally:
+            self.library.nccl.groupEnd()
+
+    def close(self) -> None:
+        """Finish what runs, and free the communicator."""
+        self.stream.synchronize()
+        self.nccl.destroy()
+
+
+class NcclCommunicator(Layouts):
+    """The collectives over NCCL, for the ranks of ``control``, each with a GPU of its own that is its current device.
+
+    ``control`` serves arrays on the host; it belongs to this communicator from now on: ``close`` frees it.
+
+    Lanes are made when they are first needed: the one of the collectives at the first collective, those of the messages
+    at the first ``send`` or ``recv``, which is therefore collective too. NCCL has no tags: messages from one rank to
+    another are matched by their order. A message holds its lane until both sides have come to it, as a synchronous
+    send does, so there are several: a message takes the lane of its direction (to a higher or a lower rank) and its
+    sender's parity. In a chain of stages, what comes from either neighbour and what goes to it are then four lanes,
+    and no message waits for another one. Nothing is sent for arrays without elements.
+    """
+
+    def __init__(self, control: MpiCommunicator, library: Library | None = None) -> None:
+        self.control, self.rank, self.size = control, control.rank, control.size
+        self.library = library or Library()
+        self._lanes: dict[LaneName, Lane] = {}
+
+    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+        if not self.library.on_device(x):
+            return self.control.all_reduce(x, op, out)
+        lane, xp = self._lane(_COLLECTIVES), array_module(x)
+        send = xp.ascontiguousarray(x)
+        recv = x if out is x and send is x else xp.empty(x.shape, x.dtype)
+        call = partial(lane.nccl.allReduce, self._at(send), self._at(recv), x.size, self._type(x), self._op(op))
+        pending = lane.start([(x.size, call)], recv, send)
+        if out is not None and out is not recv:
+            pending.finish = lambda y: _copy(y, out)
+        return pending
+
+    def broadcast(self, x: Array, root: int = 0) -> Pending:
+        if not self.library.on_device(x):
+            return self.control.broadcast(x, root)
+        lane, xp = self._lane(_COLLECTIVES), array_module(x)
+        send = xp.ascontiguousarray(x)
+        recv = send.reshape(x.shape) if self.rank == root else xp.empty(x.shape, x.dtype)
+        call = partial(lane.nccl.broadcast, self._at(send), self._at(recv), x.size, self._type(x), root)
+        return lane.start([(x.size, call)], recv, send)
+
+    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+        if not self.library.on_device(x):
+            return self.control.send(x, peer, tag)
+        lane = self._lane(message_lane(self.rank, peer))
+        buffer = array_module(x).ascontiguousarray(x)
+        call = partial(lane.nccl.send, self._at(buffer), x.size, self._type(x), peer)
+        return lane.start([(x.size, call)], x, buffer)
+
+    def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
+        if not self.library.on_device(like):
+            return self.control.recv(shape, dtype, peer, tag, like=like)
+        lane = self._lane(message_lane(peer, self.rank))
+        buffer = array_module(like).empty(shape, dtype)
+        call = partial(lane.nccl.recv, self._at(buffer), buffer.size, self._type(buffer), peer)
+        return lane.start([(buffer.size, call)], buffer)
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        self.control.close()
+
+    def _all_gather(self, x: Array, counts: list[int]) -> Pending:
+        if not self.library.on_device(x):
+            return self.control._all_gather(x, counts)
+        lane, kind = self._lane(_COLLECTIVES), self._type(x)
+        recv = array_module(x).empty(sum(counts), x.dtype)
+        calls: list[Call]
+        if len(set(counts)) == 1:
+            calls = [(counts[0], partial(lane.nccl.allGather, self._at(x), self._at(recv), counts[0], kind))]
+        else:
+            calls = [
+                (n, partial(lane.nccl.broadcast, self._at(x), self._at(recv, start), n, kind, rank))
+                for rank, n, start in shards(counts)
+            ]
+        return lane.start(calls, recv, x)
+
+    def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending:
+        if not self.library.on_device(x):
+            return self.control._reduce_scatter(x, counts)
+        lane, kind, op = self._lane(_COLLECTIVES), self._type(x), self._op("sum")
+        recv = array_module(x).empty(counts[self.rank], x.dtype)
+        calls: list[Call]
+        if len(set(counts)) == 1:
+            calls = [(counts[0], partial(lane.nccl.reduceScatter, self._at(x), self._at(recv), counts[0], kind, op))]
+        else:
+            calls = [
+                (n, partial(lane.nccl.reduce, self._at(x, start), self._at(recv), n, kind, op, rank))
+                for rank, n, start in shards(counts)
+            ]
+        return lane.start(calls, recv, x)
+
+    def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending:
+        if not self.library.on_device(x):
+            return self.control._all_to_all(x, sent, received)
+        lane, kind = self._lane(_COLLECTIVES), self._type(x)
+        recv = array_module(x).empty(sum(received), x.dtype)
+        calls: list[Call] = [
+            (n, partial(lane.nccl.send, self._at(x, start), n, kind, rank)) for rank, n, start in shards(sent)
+        ]
+        calls += [
+            (n, partial(lane.nccl.recv, self._at(recv, start), n, kind, rank)) for rank, n, start in shards(received)
+        ]
+        return lane.start(calls, recv, x)
+
+    def _lane(self, name: LaneName) -> Lane:
+        if name not in self._lanes:
+            for made in [name] if name == _COLLECTIVES else message_lanes(self.size):
+                self._lanes[made] = Lane(self.library, self.control)
+        return self._lanes[name]
+
+    def _at(self, x: Array, element: int = 0) -> int:
+        return self.library.pointer(x) + element * int(x.dtype.itemsize)
+
+    def _type(self, x: Array) -> int:
+        kind: int | None = getattr(self.library.nccl, f"NCCL_{x.dtype.name.upper()}", None)
+        if kind is None:
+            raise TypeError(f"NCCL moves no arrays of {x.dtype}")
+        return kind
+
+    def _op(self, op: Op) -> int:
+        return int(getattr(self.library.nccl, f"NCCL_{op.upper()}"))
+
+
+def message_lane(source: int, target: int) -> LaneName:
+    """The lane of messages from ``source`` to ``target``: by direction and the sender's parity."""
+    return ("up" if target > source else "down", source % 2)
+
+
+def message_lanes(size: int) -> list[LaneName]:
+    """All lanes that messages between ``size`` ranks take, in the order in which every rank makes them."""
+    ranks = range(size)
+    return sorted({message_lane(source, target) for source in ranks for target in ranks if source != target})
+
+
+def shards(counts: list[int]) -> list[tuple[int, int, int]]:
+    """(rank, count, offset) of every rank's shard, one after the other in a flat array."""
+    return list(zip(range(len(counts)), counts, accumulate(counts, initial=0), strict=False))
+
+
+def _copy(source: Array, target: Array) -> Array:
+    target[...] = source
+    return target

@@ -1,0 +1,175 @@
+"""Mesh: coordinates, the group along any set of axes, and communicators that are freed."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from hpcmp.comm.base import Solo
+from hpcmp.comm.mesh import Mesh
+from hpcmp.errors import InputError
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+AXES = ("dp", "pp", "tp")
+
+
+def grids(size: int) -> list[dict[str, int]]:
+    """Every dp x pp x tp = size."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    return [
+        dict(zip(AXES, shape, strict=True)) for shape in itertools.product(divisors, repeat=3) if np.prod(shape) == size
+    ]
+
+
+def place(rank: int, shape: dict[str, int]) -> dict[str, int]:
+    """Coordinates in C order, by NumPy."""
+    return {axis: int(i) for axis, i in zip(AXES, np.unravel_index(rank, tuple(shape.values())), strict=True)}
+
+
+def test_the_serial_mesh_needs_no_mpi() -> None:
+    with Mesh() as mesh:
+        assert (mesh.rank, mesh.size, mesh.coordinates) == (0, 1, {"dp": 0, "pp": 0, "tp": 0})
+        for axes in ("dp", "tp", ("dp", "pp", "tp"), "ends"):
+            assert isinstance(mesh[axes], Solo)
+        assert mesh.gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def test_a_serial_mesh_of_several_ranks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"layout: dp=1 x pp=3 x tp=2 needs 6 ranks, and there are 1"):
+        Mesh(pp=3, tp=2)
+
+
+@pytest.mark.mpi
+def test_a_product_that_is_not_the_number_of_ranks_is_refused(world: Intracomm) -> None:
+    with pytest.raises(InputError, match=rf"layout: dp=2 x pp=1 x tp={world.size} needs {2 * world.size} ranks"):
+        Mesh(world, dp=2, tp=world.size)
+
+
+@pytest.mark.mpi
+def test_coordinates_and_every_group(world: Intracomm) -> None:
+    """Each group has the ranks that share this rank's other coordinates, in order."""
+    subsets = [axes for n in range(4) for axes in itertools.combinations(AXES, n)]
+    for shape in grids(world.size):
+        with Mesh(world, **shape) as mesh:
+            assert mesh.coordinates == place(world.rank, shape)
+            for axes in subsets:
+                here = place(world.rank, shape)
+                same = [
+                    rank
+                    for rank in range(world.size)
+                    if all(place(rank, shape)[axis] == here[axis] for axis in AXES if axis not in axes)
+                ]
+                group = mesh[axes]
+                assert mesh.members(frozenset(axes)) == same
+                assert (group.size, group.rank) == (len(same), same.index(world.rank))
+                found = group.all_gather(np.array([world.rank])).wait()
+                np.testing.assert_array_equal(found, same)
+                assert mesh[axes[::-1]] is group  # one group for a set of axes, however it is asked for
+            assert mesh["tp"] is mesh[("tp",)]
+
+
+@pytest.mark.mpi
+def test_ends_are_the_first_and_the_last_stage(world: Intracomm) -> None:
+    for shape in grids(world.size):
+        with Mesh(world, **shape) as mesh:
+            here, last = mesh.coordinates, shape["pp"] - 1
+            if here["pp"] not in (0, last):
+                with pytest.raises(ValueError, match="between the ends of the pipeline"):
+                    mesh["ends"]
+                continue
+            ends = sorted({tuple((here | {"pp": i}).values()) for i in (0, last)})
+            expected = [int(np.ravel_multi_index(end, tuple(shape.values()))) for end in ends]
+            np.testing.assert_array_equal(mesh["ends"].all_gather(np.array([world.rank])).wait(), expected)
+            wide = mesh["dp", "ends"].all_gather(np.array([world.rank])).wait()
+            dp = [place(rank, shape)["dp"] for rank in wide]
+            assert len(wide) == len(expected) * shape["dp"]
+            assert dp == sorted(dp)
+            assert {place(rank, shape)["pp"] for rank in wide} == {0, last}
+            assert {place(rank, shape)["tp"] for rank in wide} == {here["tp"]}
+
+
+@pytest.mark.mpi
+def test_tp_varies_fastest(world: Intracomm) -> None:
+    """So that tensor parallelism stays on a node."""
+    for tp in (n for n in range(1, world.size + 1) if world.size % n == 0):
+        with Mesh(world, dp=world.size // tp, tp=tp) as mesh:
+            first = world.rank // tp * tp
+            assert mesh.members(frozenset({"tp"})) == list(range(first, first + tp))
+
+
+@pytest.mark.mpi
+def test_an_unknown_axis_is_refused(world: Intracomm) -> None:
+    with Mesh(world, tp=world.size) as mesh, pytest.raises(ValueError, match="no axis .*'cp'"):
+        mesh["tp", "cp"]
+
+
+@pytest.mark.mpi
+def test_gather_objects_is_in_order_of_rank(world: Intracomm) -> None:
+    with Mesh(world, tp=world.size) as mesh:
+        found: list[Any] = mesh.gather_objects({"rank": world.rank})
+        assert found == [{"rank": rank} for rank in range(world.size)]
+
+
+@pytest.mark.mpi
+def test_messages_of_two_meshes_and_of_the_caller_do_not_mix(world: Intracomm) -> None:
+    """Each group duplicates: a message of the caller's, or of another mesh, is never taken for one of its own."""
+    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    with Mesh(world, tp=world.size) as one, Mesh(world, tp=world.size) as two:
+        if world.size == 1:
+            return
+        like = np.empty(0)
+        mine = [world.Isend(np.array([0.0]), after)]
+        sent = [mesh["tp"].send(np.array([float(i)]), after) for i, mesh in ((2, two), (1, one))]
+        assert one["tp"].recv((1,), np.float64, before, like=like).wait() == 1
+        assert two["tp"].recv((1,), np.float64, before, like=like).wait() == 2
+        buffer = np.empty(1)
+        world.Recv(buffer, before)
+        assert buffer == 0
+        for pending in sent:
+            pending.wait()
+        mine[0].Wait()
+
+
+@pytest.mark.mpi
+def test_close_frees_and_leaves_the_callers_communicator_alone(world: Intracomm) -> None:
+    from mpi4py import MPI
+
+    mesh = Mesh(world, tp=world.size)
+    group = mesh["tp"]
+    assert mesh.comm is not None
+    assert MPI.Comm.Compare(mesh.comm, world) == MPI.CONGRUENT  # the same ranks, another communicator
+    mesh.close()
+    mesh.close()  # once more does nothing
+    if world.size > 1:
+        assert group.comm == MPI.COMM_NULL  # type: ignore[attr-defined]
+    world.Barrier()
+
+
+@pytest.mark.mpi
+def test_after_an_error_nothing_waits_for_the_other_ranks(world: Intracomm) -> None:
+    """Leaving on an error must not free, which is collective: the others may never come."""
+    meshes = []
+    with pytest.raises(KeyError):
+        with Mesh(world, tp=world.size) as mesh:
+            meshes.append(mesh)
+            raise KeyError
+    assert meshes[0].comm is not None
+    meshes[0].close()
+
+
+@pytest.mark.mpi
+def test_many_meshes_leave_no_communicator_behind(world: Intracomm) -> None:
+    """An MPI has a few thousand at most (MPICH 2,048)."""
+    from mpi4py import MPI
+
+    made: list[Any] = []
+    for _ in range(300):
+        with Mesh(world, dp=world.size) as mesh:
+            made += [mesh.comm, *(getattr(mesh[axes], "comm", None) for axes in ("dp", ("dp", "tp"), "ends"))]
+            assert mesh["dp"].size == mesh["dp", "tp"].size == world.size
+    assert all(comm in (None, MPI.COMM_NULL) for comm in made)
