@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hpcmp import partition, random
+from hpcmp.arrays import Array
 
 ONES = 0xFFFFFFFF
 # Known answers of philox4x32-10 that Random123 is distributed with: counter, key, words.
@@ -39,7 +40,7 @@ def test_bits_puts_row_column_and_extra_into_the_counter() -> None:
 
 
 def test_bits_does_not_depend_on_how_it_is_cut_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw() -> np.ndarray:
+    def draw() -> Array:
         return random.bits((1, 2), np.arange(23)[:, None], np.arange(3), slice(2, 31), np.arange(23)[:, None] % 5)
 
     whole = draw()
@@ -107,7 +108,7 @@ def test_a_mask_does_not_depend_on_the_layout(parts: int) -> None:
     s, batch, heads = 13, 4, 5
     samples = np.array([31, 7, 8, 100])
 
-    def mask(t: slice, i: slice, c: slice, h: slice) -> np.ndarray:
+    def mask(t: slice, i: slice, c: slice, h: slice) -> Array:
         rows = np.arange(t.start, t.stop)[:, None, None], samples[i][:, None]
         return random.keep_mask(0.3, random.key(0, "core", 2), *rows, c, np.arange(h.start, h.stop))
 

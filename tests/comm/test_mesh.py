@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AXES = ("dp", "pp", "tp")
 
 
-def grids(size: int) -> list[dict[str, int]]:
+def grids(size: int) -> list[dict[str, Any]]:
     """Every dp x pp x tp = size."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     return [
@@ -26,7 +26,7 @@ def grids(size: int) -> list[dict[str, int]]:
     ]
 
 
-def place(rank: int, shape: dict[str, int]) -> dict[str, int]:
+def place(rank: int, shape: dict[str, Any]) -> dict[str, int]:
     """Coordinates in C order, by NumPy."""
     return {axis: int(i) for axis, i in zip(AXES, np.unravel_index(rank, tuple(shape.values())), strict=True)}
 

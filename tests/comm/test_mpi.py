@@ -6,14 +6,14 @@ Each runs with MPI reading the arrays themselves and with staged copies, in one 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from hpcmp import partition
-from hpcmp.comm.base import Solo
+from hpcmp.comm.base import Communicator, Pending, Solo
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -194,7 +194,7 @@ def test_a_group_of_one_does_what_one_rank_of_mpi_does(world: Intracomm) -> None
 
     solo, one = Solo(), MpiCommunicator(MPI.COMM_SELF.Dup())
     x = draw((3, 4), world.rank)
-    for call in (
+    calls: tuple[Callable[[Communicator], Pending], ...] = (
         lambda c: c.all_reduce(x),
         lambda c: c.all_reduce(x, "max"),
         lambda c: c.all_reduce(x, out=np.empty_like(x)),
@@ -202,7 +202,8 @@ def test_a_group_of_one_does_what_one_rank_of_mpi_does(world: Intracomm) -> None
         lambda c: c.reduce_scatter(x, 1),
         lambda c: c.all_to_all(x, 0, 1, 4),
         lambda c: c.broadcast(x),
-    ):
+    )
+    for call in calls:
         same(call(solo).wait(), call(one).wait())
     one.close()
     assert (solo.rank, solo.size) == (0, 1)

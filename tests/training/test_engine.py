@@ -52,7 +52,7 @@ def test_a_result_is_the_same_on_every_rank_and_on_every_layout(world: Intracomm
             assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-12), short(config.layout)
 
 
-def test_the_gradient_is_that_of_the_mean_loss() -> None:
+def assert_the_gradient_is_that_of_the_mean_loss() -> None:
     """Central differences of the step's loss, in random directions, for all parameters together."""
     for style in ("gpt", "llama"):
         config = small(style=style, learning_rate=AT_ALL, dropout=0.1)
@@ -72,6 +72,10 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
                     p.data[...] = data
                 slope = sum(float((g * d).sum()) for _, _, g, d in kept)
                 assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss() -> None:
+    assert_the_gradient_is_that_of_the_mean_loss()
 
 
 def assert_each_step_begins_with_no_gradient() -> None:
