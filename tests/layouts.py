@@ -55,7 +55,7 @@ def small(**values: Any) -> Config:
 
 
 def spread(config: Config, text: str, ranks: int | None = None) -> Config:
-    """``config`` in the layout of ``text``, such as "tp=2,sp=1,micro=3", with ``dp`` what is left of ``ranks``, or 1."""
+    """``config`` in the layout of ``text``, such as "tp=2,sp=1,micro=3"; ``dp`` is what is left of ``ranks``, or 1."""
     config = with_layout(config, text)
     return config.resolved(ranks=ranks or config.layout.ranks)
 
@@ -65,15 +65,14 @@ def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Conf
 
     schedules: with each schedule, else with one after the other in turn.
     """
+    kinds: list[Any] = list(SCHEDULES)
     found: list[Config] = []
     for tp in (n for n in range(1, ranks + 1) if ranks % n == 0):
         for pp in (n for n in range(1, ranks // tp + 1) if ranks // tp % n == 0):
             shape: dict[str, Any] = {"dp": ranks // tp // pp, "pp": pp, "tp": tp}
             for sequence in (True, False) if tp > 1 else (False,):
-                turn = len(found) % len(SCHEDULES)
-                names = list(SCHEDULES) if schedules and pp > 1 else list(SCHEDULES)[turn : turn + 1]
-                for name in names:
-                    layout = Layout(**shape, sequence_parallel=sequence, schedule=name, recompute=len(found) % 2 == 1)
+                for kind in kinds if schedules and pp > 1 else [kinds[len(found) % len(kinds)]]:
+                    layout = Layout(**shape, sequence_parallel=sequence, schedule=kind, recompute=len(found) % 2 == 1)
                     found.append(dataclasses.replace(config, layout=layout))
     return found
 
@@ -83,12 +82,3 @@ def engine(config: Config, comm: Intracomm | None = None) -> Iterator[Engine]:
     """An engine on all ranks of ``comm``; its communicators are freed at the end."""
     with mesh_for(config, comm) as mesh:
         yield Engine(config, mesh)
-
-
-@contextmanager
-def first(comm: Intracomm, ranks: int) -> Iterator[Intracomm | None]:
-    """The first ``ranks`` ranks of ``comm`` as a communicator, None on the others, which wait until those are done."""
-    part = comm.Split(int(comm.rank >= ranks), comm.rank)
-    yield part if comm.rank < ranks else None
-    part.Free()
-    comm.Barrier()

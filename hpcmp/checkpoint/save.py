@@ -81,7 +81,8 @@ def save(
         path = Path(temporary or "", SHARED if shared else f"rank_{mesh.rank:05d}.h5")
         with agreed(mesh, failed):
             datasets = _shared_datasets(kinds) if shared else _own_datasets(parts)
-            if mesh.rank == 0 if shared else parts:
+            lays_out = mesh.rank == 0 if shared else bool(parts)
+            if lays_out:
                 writer.lay_out(path, datasets)
         with agreed(mesh, failed):
             written = _write(path, parts, datasets, mesh, at, shared)

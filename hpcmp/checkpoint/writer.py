@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from .agree import reason
 from .guarded import GuardedFile
 from .manifest import on_disk
 from .slab import Region, Slab
-
-if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,13 @@ def lay_out(path: Path, datasets: Sequence[Dataset]) -> None:
 def write(
     path: Path,
     parts: Sequence[tuple[Dataset, Slab, Region]],
-    comm: Intracomm | None,
+    comm: Any,
     at: Callable[[str], None],
 ) -> list[str]:
     """Write each part into its dataset of a file that is laid out; returns the parts' digests.
 
-    With ``comm`` collective: all its ranks write to the same file, through MPI-IO. ``at`` is told each phase. On return
-    the file is closed and its numbers are on the disk. Raises OSError, after the file is closed.
+    comm: None, or an mpi4py communicator whose ranks all write to this file, through MPI-IO (then collective). at: is
+    told each phase. On return the file is closed and its numbers are on the disk. Raises OSError, once it is closed.
     """
     import h5py
 

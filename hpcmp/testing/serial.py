@@ -70,19 +70,21 @@ def equals_serial(
 
 def assert_owned_once(parameters: list[Parameter], comm: Communicator) -> None:
     """Over the ranks of ``comm`` the owned parts lie inside the shards, and tile every parameter exactly once."""
-    problems = []
+    if not parameters:
+        return
+    group, counts, outside = Group(comm, array_module(parameters[0].data)), [], []
     for p in parameters:
         count = np.zeros(p.shape)
         count[p.owned] = 1
-        outside = count.any() and any(
-            o.start < s.start or o.stop > s.stop for o, s in zip(p.owned, p.index, strict=True)
-        )
-        if outside:
-            problems.append(f"{p.name}: owned {p.owned} is not inside index {p.index}")
-        count = Group(comm, array_module(p.data)).sum(count)
-        if not (count == 1).all():
-            problems.append(f"{p.name}: a number is owned {count.min():g} to {count.max():g} times")
-    Group(comm, array_module(parameters[0].data) if parameters else np).agree("; ".join(problems))
+        inside = all(s.start <= o.start and o.stop <= s.stop for o, s in zip(p.owned, p.index, strict=True))
+        outside += [f"{p.name}: owned {p.owned} is not inside index {p.index}"] if count.any() and not inside else []
+        counts.append(count.reshape(-1))
+    group.agree("; ".join(outside))
+    ends = np.cumsum([count.size for count in counts])[:-1]
+    found = dict(zip((p.name for p in parameters), np.split(group.sum(np.concatenate(counts)), ends), strict=True))
+    wrong = [f"{name}: {count.min():g} to {count.max():g} times" for name, count in found.items() if (count != 1).any()]
+    if wrong:
+        raise AssertionError(f"not owned exactly once: {'; '.join(wrong)}")
 
 
 def activations(x: Any, parallel: TensorParallel) -> Any:

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from hpcmp.checkpoint import checkpoints, directory, open_checkpoint
+from hpcmp.checkpoint import checkpoints, directory, open_checkpoint, save
+from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError
 from tests.checkpoint.cases import version_at, write
 
@@ -172,3 +173,14 @@ def test_reading_changes_nothing(run):
     os.chmod(run, 0o500)
     assert version_at(run) == 2
     os.chmod(run, 0o700)
+
+
+def test_a_link_of_the_length_of_the_file_is_still_a_link(tmp_path):
+    path = save(tmp_path, 1, [], {}, Mesh(), storage="mpio")
+    data, elsewhere = path / "tensors.h5", tmp_path / "elsewhere.h5"
+    length = data.stat().st_size
+    data.rename(elsewhere)
+    data.symlink_to(str(tmp_path) + "/" * (length - len(str(elsewhere)) + 1) + elsewhere.name)
+    assert data.lstat().st_size == length and data.stat().st_size == length
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        open_checkpoint(path)

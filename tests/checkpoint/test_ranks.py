@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import pathlib
 import shutil
+import textwrap
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from hpcmp.checkpoint import CheckpointSaveError, Slab, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
-from tests.checkpoint.cases import STATE, assert_filled, assert_untouched, owned, shapes, targets, version_at
+from tests.checkpoint.cases import STATE, assert_filled, assert_untouched, owned, shapes, targets, value, version_at
 
 STORAGES = ["files", *(["mpio"] if h5py.get_config().mpi else [])]
 
@@ -115,6 +118,21 @@ def test_ranks_without_slabs(world, mpi_tmp_path, storage):
         assert len(found.manifest.files) == 1
         found.load([])
         np.testing.assert_array_equal(found.read("x"), np.zeros(12))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_program_in_the_documentation_reads_any_tensor(world, mpi_tmp_path, storage, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    program = textwrap.dedent(text[text.index("    whole = None\n") : text.index("\nThe manifest is JSON")])
+    with Mesh(world, tp=world.size) as mesh:
+        save(mpi_tmp_path / "checkpoints", 1000, owned(mesh, 6), STATE, mesh, storage=storage)
+        monkeypatch.chdir(mpi_tmp_path)
+        for name in ("model/scale", "model/wide", "model/blocks/1/qkv"):
+            names = {"h5py": h5py, "numpy": np, "pathlib": pathlib, "name": name}
+            exec(program, names)
+            np.testing.assert_array_equal(names["whole"], value(name, 6))
+        world.barrier()
 
 
 @pytest.mark.mpi

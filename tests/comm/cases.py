@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,86 +13,99 @@ from hpcmp import partition
 from hpcmp.arrays import Array, to_host
 from hpcmp.comm.base import Communicator, Pending
 
-Case = Callable[[Communicator, Any], list[Pending]]  # (communicator, host array -> its array) -> what it started
+Put = Callable[[np.ndarray], Array]  # a host array as an array of the library under test
+Case = Callable[[Communicator, Put], list[Pending]]
 
 
-def draw(rank: int, *shape: int, dtype: Any = np.float64) -> np.ndarray:
+def draw(c: Communicator, *shape: int, dtype: Any = np.float64) -> np.ndarray:
     """A rank's array: whole numbers, so that a sum is exact in every order."""
-    return np.random.default_rng((rank, *shape)).integers(-64, 64, shape).astype(dtype)
+    return np.random.default_rng((c.rank, *shape)).integers(-64, 64, shape).astype(dtype)
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    """Each call on shapes that divide evenly, unevenly and not at all, on axes that are first and not."""
-
-    def case(name: str, call: Callable[[Communicator, Any], Pending | list[Pending]]) -> tuple[str, Case]:
-        def started(comm: Communicator, put: Any) -> list[Pending]:
-            found = call(comm, put)
-            return found if isinstance(found, list) else [found]
-
-        return name, started
-
+    """Each call on shapes that divide evenly, unevenly and not at all, and on axes that are first and that are not."""
     for dtype in (np.float32, np.float64, np.int32, np.int64, np.uint8):
-        yield case(f"all_reduce {np.dtype(dtype)}", lambda c, put, t=dtype: c.all_reduce(put(draw(c.rank, 4, 3, dtype=t))))
+        yield f"all_reduce {np.dtype(dtype)}", partial(_all_reduce, shape=(4, 3), dtype=dtype)
     for shape in ((), (3,), (2, 0, 5)):
-        yield case(f"all_reduce {shape}", lambda c, put, s=shape: c.all_reduce(put(draw(c.rank, *s)), "max"))
-        yield case(f"broadcast {shape}", lambda c, put, s=shape: c.broadcast(put(draw(c.rank, *s)), c.size - 1))
-    yield case("all_reduce of a view", lambda c, put: c.all_reduce(put(draw(c.rank, 3, 5)).T))
-    yield case("broadcast of a view", lambda c, put: c.broadcast(put(draw(c.rank, 3, 5)).T))
-    yield case("all_reduce into out", lambda c, put: c.all_reduce(put(draw(c.rank, 6)), out=put(np.zeros(6))))
-    yield case("all_reduce in place", lambda c, put: (lambda x: c.all_reduce(x, out=x))(put(draw(c.rank, 6))))
-    yield case("all_reduce of a view in place", lambda c, put: (lambda x: c.all_reduce(x, out=x))(put(draw(c.rank, 3, 5)).T))
+        yield f"all_reduce {shape}", partial(_all_reduce, shape=shape, op="max")
+        yield f"broadcast {shape}", partial(_broadcast, shape=shape)
+    yield "all_reduce of a view", partial(_all_reduce, shape=(3, 5), view=True)
+    yield "all_reduce into out", partial(_all_reduce, shape=(3, 5), out="new")
+    yield "all_reduce in place", partial(_all_reduce, shape=(3, 5), out="x")
+    yield "all_reduce of a view in place", partial(_all_reduce, shape=(3, 5), out="x", view=True)
+    yield "broadcast of a view", partial(_broadcast, shape=(3, 5), view=True)
     for total in (None, 13, 1, 0):
         for axis in (0, 1, -1):
-
-            def gather(c: Communicator, put: Any, total: Any = total, axis: int = axis) -> Pending:
-                shape = [3, 2, 4]
-                shape[axis] = shape[axis] if total is None else partition.sizes(total, c.size)[c.rank]
-                return c.all_gather(put(draw(c.rank, *shape)), axis, total)
-
-            def scatter(c: Communicator, put: Any, total: Any = total, axis: int = axis) -> Pending:
-                shape = [3, 2, 4]
-                shape[axis] = 2 * c.size if total is None else total
-                return c.reduce_scatter(put(draw(c.rank, *shape)), axis)
-
-            yield case(f"all_gather {total} axis {axis}", gather)
-            yield case(f"reduce_scatter {total} axis {axis}", scatter)
-    for split, concat in ((0, 1), (1, 0), (2, 0), (0, 2)):
-        for whole, total in ((6, None), (13, 7), (1, 1), (0, 2), (5, 0)):
-
-            def exchange(
-                c: Communicator, put: Any, split: int = split, concat: int = concat, whole: int = whole, total: Any = total
-            ) -> Pending:
-                shape = [2, 3, 2]
-                shape[split] = whole
-                shape[concat] = 3 if total is None else partition.sizes(total, c.size)[c.rank]
-                return c.all_to_all(put(draw(c.rank, *shape)), split, concat, total)
-
-            yield case(f"all_to_all {whole} of axis {split} to {total} of axis {concat}", exchange)
-    yield case("a chain of stages", _chain)
-    yield case("a ring", _ring)
+            yield f"all_gather {total} along {axis}", partial(_all_gather, total=total, axis=axis)
+            yield f"reduce_scatter {total} along {axis}", partial(_reduce_scatter, total=total, axis=axis)
+    for axes in ((0, 1), (1, 0), (2, 0), (0, 2)):
+        for sizes in ((6, None), (13, 7), (1, 1), (0, 2), (5, 0)):
+            yield f"all_to_all {sizes} along {axes}", partial(_all_to_all, axes=axes, sizes=sizes)
+    yield "a chain of stages", _chain
+    yield "a ring", _ring
 
 
-def _chain(c: Communicator, put: Any) -> list[Pending]:
+def _all_reduce(
+    c: Communicator,
+    put: Put,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any = np.float64,
+    op: Any = "sum",
+    out: str = "",
+    view: bool = False,
+) -> list[Pending]:
+    x = put(draw(c, *shape, dtype=dtype))
+    x = x.T if view else x
+    return [c.all_reduce(x, op, {"": None, "new": put(np.zeros(shape)), "x": x}[out])]
+
+
+def _broadcast(c: Communicator, put: Put, *, shape: tuple[int, ...], view: bool = False) -> list[Pending]:
+    x = put(draw(c, *shape))
+    return [c.broadcast(x.T if view else x, c.size - 1)]
+
+
+def _all_gather(c: Communicator, put: Put, *, total: int | None, axis: int) -> list[Pending]:
+    shape = [3, 2, 4]
+    shape[axis] = shape[axis] if total is None else partition.sizes(total, c.size)[c.rank]
+    return [c.all_gather(put(draw(c, *shape)), axis, total)]
+
+
+def _reduce_scatter(c: Communicator, put: Put, *, total: int | None, axis: int) -> list[Pending]:
+    shape = [3, 2, 4]
+    shape[axis] = 2 * c.size if total is None else total
+    return [c.reduce_scatter(put(draw(c, *shape)), axis)]
+
+
+def _all_to_all(c: Communicator, put: Put, *, axes: tuple[int, int], sizes: tuple[int, int | None]) -> list[Pending]:
+    (split, concat), (whole, total) = axes, sizes
+    shape = [2, 3, 2]
+    shape[split] = whole
+    shape[concat] = 3 if total is None else partition.sizes(total, c.size)[c.rank]
+    return [c.all_to_all(put(draw(c, *shape)), split, concat, total)]
+
+
+def _chain(c: Communicator, put: Put) -> list[Pending]:
     """Up and down a chain, several messages under way at once, some without elements."""
     like, sizes, found = put(np.zeros(0)), (3, 5, 0, 7), []
     for i, n in enumerate(sizes):
         if c.rank > 0:
             found.append(c.recv((n, 2), np.float64, c.rank - 1, 2 * i, like=like))
         if c.rank < c.size - 1:
-            found.append(c.send(put(draw(c.rank, n, 2) + i), c.rank + 1, 2 * i))
+            found.append(c.send(put(draw(c, n, 2) + i), c.rank + 1, 2 * i))
     for i, n in enumerate(sizes):
         if c.rank > 0:
-            found.append(c.send(put(draw(c.rank, 2, n)).T, c.rank - 1, 2 * i + 1))
+            found.append(c.send(put(draw(c, 2, n)).T, c.rank - 1, 2 * i + 1))
         if c.rank < c.size - 1:
             found.append(c.recv((n, 2), np.float64, c.rank + 1, 2 * i + 1, like=like))
     return found
 
 
-def _ring(c: Communicator, put: Any) -> list[Pending]:
+def _ring(c: Communicator, put: Put) -> list[Pending]:
     """Every rank sends to the next one before it receives from the one before."""
     if c.size == 1:
         return []
-    sent = c.send(put(draw(c.rank, 4)), (c.rank + 1) % c.size)
+    sent = c.send(put(draw(c, 4)), (c.rank + 1) % c.size)
     return [sent, c.recv((4,), np.float64, (c.rank - 1) % c.size, like=put(np.zeros(0)))]
 
 
@@ -101,7 +115,7 @@ def differences(comm: Communicator, control: Communicator, xp: ModuleType) -> li
     for name, case in cases():
         kept: list[tuple[Array, np.ndarray]] = []
 
-        def put(x: np.ndarray, kept: list[Any] = kept) -> Array:
+        def put(x: np.ndarray, kept: list[tuple[Array, np.ndarray]] = kept) -> Array:
             made = xp.asarray(x)
             kept.append((made, x.copy()))
             return made

@@ -43,7 +43,8 @@ def model(world: Intracomm) -> Any:
 
     class Stream:
         def __init__(self, name: str) -> None:
-            self.name, self.requests, self.ptr = name, [], len(library.streams)
+            self.name, self.ptr = name, len(library.streams)
+            self.requests: list[Any] = []
             library.streams.append(self)
 
         def wait_event(self, event: Event) -> None:
@@ -144,7 +145,9 @@ def model(world: Intracomm) -> Any:
 def at(address: int, count: int, kind: int) -> np.ndarray:
     """The array at an address, of a type by its number."""
     dtype = np.dtype(TYPES[kind].lower())
-    return np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype)
+    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    found: np.ndarray = np.frombuffer(memory, dtype)
+    return found
 
 
 @pytest.fixture
@@ -234,18 +237,17 @@ def test_one_lane_would_wait_for_ever() -> None:
 
 
 def completes(actions: list[list[Action]], lane: Callable[[int, int], Any]) -> bool:
-    """Whether the stages come to an end: each computes in its order, and each of its lanes moves messages in theirs."""
+    """Whether the stages come to an end: each acts in its order, and each of its lanes moves its messages in theirs."""
     size = len(actions)
-    work: list[list[tuple[str, Any]]] = [[] for _ in range(size)]  # what a rank's host starts, in its order
+    work: list[list[tuple[str, Any]]] = [[] for _ in range(size)]  # what each rank does, in its order
     for rank, todo in enumerate(actions):
-        for kind, i in todo:
-            source, target = {"F": (rank - 1, rank + 1), "B": (rank + 1, rank - 1), "W": (-1, -1)}[kind]
+        for action, i in todo:
+            source, target = {"F": (rank - 1, rank + 1), "B": (rank + 1, rank - 1), "W": (-1, -1)}[action]
             if 0 <= source < size:
-                work[rank].append(("message", (source, rank, kind, i)))
-                work[rank].append(("await", (source, rank, kind, i)))
-            work[rank].append(("compute", None))
+                work[rank].append(("start", (source, rank, action, i)))
+                work[rank].append(("await", (source, rank, action, i)))
             if 0 <= target < size:
-                work[rank].append(("message", (rank, target, kind, i)))
+                work[rank].append(("start", (rank, target, action, i)))
     lanes: dict[Any, list[Any]] = {}  # by rank and lane: messages that have started, the first one holding the lane
     arrived: set[Any] = set()
     moved = True
@@ -254,7 +256,7 @@ def completes(actions: list[list[Action]], lane: Callable[[int, int], Any]) -> b
         for rank in range(size):
             while work[rank] and (work[rank][0][0] != "await" or work[rank][0][1] in arrived):
                 kind, message = work[rank].pop(0)
-                if kind == "message":
+                if kind == "start":
                     lanes.setdefault((rank, lane(*message[:2])), []).append(message)
                 moved = True
         for (rank, name), queue in lanes.items():

@@ -26,7 +26,8 @@ RATE, BETAS, EPSILON, DECAY = 0.01, (0.9, 0.99), 1e-8, 0.1
 def expected(start: NDArray[Any], gradients: list[NDArray[Any]], decay: float, rate: float = RATE) -> NDArray[Any]:
     """The weights after a step with each gradient: the moments as weighted means of the gradients so far.
 
-    m_t = (1 - b1) sum_i b1^(t-i) g_i / (1 - b1^t), v_t likewise of g^2; w <- (1 - rate decay) w - rate m / (sqrt(v) + eps)
+    m_t = (1 - b1) sum_i b1^(t-i) g_i / (1 - b1^t), v_t likewise of g^2
+    w_t = (1 - rate decay) w_(t-1) - rate m_t / (sqrt(v_t) + epsilon)
     """
     w = start.copy()
     for t in range(1, len(gradients) + 1):
@@ -52,8 +53,8 @@ def optimizer(dtype: Any = np.float64, **settings: Any) -> tuple[AdamW, list[Par
     buckets = Buckets(Weights(*parameters), Mesh(), dtype=dtype)
     for p in parameters:
         p.data[...] = np.random.default_rng(p.data.size).standard_normal(p.shape)
-    settings = {"betas": BETAS, "epsilon": EPSILON, "weight_decay": DECAY, "clip": None} | settings
-    return AdamW(buckets, **settings), parameters
+    usual: dict[str, Any] = {"betas": BETAS, "epsilon": EPSILON, "weight_decay": DECAY, "clip": None}
+    return AdamW(buckets, **(usual | settings)), parameters
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-6)])
@@ -190,7 +191,10 @@ def test_a_bad_gradient_on_one_rank_stops_the_step_on_all(world: Intracomm, bad:
     for config in layouts(small(), world.size):
         with engine(config, world) as e:
             before = [bucket.data.copy() for bucket in e.buckets.buckets]
-            owners = [bool(world.bcast(any(p.grad[p.owned_local].size for p in e.buckets.parameters), r)) for r in range(world.size)]
+            owners = [
+                bool(world.bcast(any(p.grad[p.owned_local].size for p in e.buckets.parameters), r))
+                for r in range(world.size)
+            ]
             if world.rank == max(r for r, owns in enumerate(owners) if owns):
                 p = next(p for p in e.buckets.parameters if p.grad[p.owned_local].size)
                 p.grad[p.owned_local].flat[0] = bad

@@ -210,7 +210,9 @@ def test_the_sum_starts_with_the_last_gradient_while_the_backward_runs(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("values", [{"style": "gpt"}, {"style": "llama", "tied": True}, {"style": "llama", "heads": 2, "kv_heads": 1}])
+@pytest.mark.parametrize(
+    "values", [{"style": "gpt"}, {"style": "llama", "tied": True}, {"style": "llama", "heads": 2, "kv_heads": 1}]
+)
 def test_the_sum_is_over_replicas_copies_and_overlapping_shards(world: Intracomm, values: dict[str, Any]) -> None:
     """After ``finish`` each number is the sum of what was there on all ranks that owed it: those that hold it, with the
     same coordinates but for the axes dp and ``shared``."""
@@ -230,7 +232,9 @@ def test_the_sum_is_over_replicas_copies_and_overlapping_shards(world: Intracomm
                     if p.name in parameters and all(there[a] == here[a] for a in here if a not in axes):
                         index, grad = parameters[p.name]
                         whole[index] += grad
-                np.testing.assert_allclose(p.grad, whole[p.index], rtol=1e-12, atol=1e-13, err_msg=f"{p.name} {short(config.layout)}")
+                np.testing.assert_allclose(
+                    p.grad, whole[p.index], rtol=1e-12, atol=1e-13, err_msg=f"{p.name} {short(config.layout)}"
+                )
 
 
 @pytest.mark.mpi

@@ -1,4 +1,4 @@
-"""The runner on a tiny stage of its own: what it computes, in which order, what it keeps, and when it says that it is done."""
+"""The runner on a tiny stage: what it computes, in which order, what it keeps, and when it says that it is done."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def counts(size: int) -> list[int]:
     return sorted({1, 2, max(1, size - 1), size, size + 1, 2 * size + 1})
 
 
-def make(pp: Communicator, schedule: Schedule, microbatches: int) -> tuple[Pipeline, list[Microbatch], list[Layer], Seen]:
+def make(
+    pp: Communicator, schedule: Schedule, microbatches: int
+) -> tuple[Pipeline, list[Microbatch], list[Layer], Seen]:
     """Two layers a stage, the same whole model and samples for every number of stages that divides it."""
     cursor, seen = Cursor(), Seen()
     layers = [Layer(2 * pp.rank + i, cursor, seen) for i in range(2)]
@@ -116,9 +118,7 @@ def make(pp: Communicator, schedule: Schedule, microbatches: int) -> tuple[Pipel
     for i, n in enumerate(sizes(microbatches)):
         inputs, targets = random.standard_normal((2, LENGTH, n, WIDTH))
         place = Place(i, np.arange(start, start + n), LENGTH)
-        batches.append(
-            Microbatch(inputs if pipeline.first else None, targets if pipeline.last else None, place)
-        )
+        batches.append(Microbatch(inputs if pipeline.first else None, targets if pipeline.last else None, place))
         start += n
     return pipeline, batches, layers, seen
 
@@ -162,7 +162,9 @@ def test_actions_are_taken_in_the_order_of_the_schedule(pp: Communicator, name: 
         pipeline.step(batches, 1.0)
         planned = list(SCHEDULES[name](pp.rank, pp.size, m))
         if name != "zb-h1":  # B is both, and each layer's W follows at once
-            assert all(seen.events[at - 1] == Action("B", e.microbatch) for at, e in enumerate(seen.events) if e.kind == "W")
+            assert all(
+                seen.events[at - 1] == Action("B", e.microbatch) for at, e in enumerate(seen.events) if e.kind == "W"
+            )
             planned = [b for a in planned for b in ([a, Action("W", a.microbatch)] if a.kind == "B" else [a])]
         assert seen.order == planned
 
@@ -181,7 +183,11 @@ def test_done_once_for_each_module_with_its_whole_gradient(pp: Communicator, nam
     for m in counts(pp.size):
         pipeline, batches, layers, seen = make(pp, SCHEDULES[name], m)
         told: list[tuple[Any, Any, int]] = []
-        pipeline.step(batches, 1.0, lambda module: told.append((module, module.weight.grad.copy(), len(seen.events))))
+
+        def done(module: Any, told: list[tuple[Any, Any, int]] = told, events: list[Action] = seen.events) -> None:
+            told.append((module, module.weight.grad.copy(), len(events)))
+
+        pipeline.step(batches, 1.0, done)
         assert Counter(id(module) for module, _, _ in told) == {id(layer): 1 for layer in layers}
         assert [module for module, _, _ in told] == layers[::-1]
         for module, gradient, _ in told:
@@ -201,7 +207,9 @@ def test_evaluate(pp: Communicator, name: str) -> None:
     assert seen.order == [Action("F", i) for i in range(6)]
     seen.events.clear()
     pipeline.step(batches, 1.0)
-    assert [e for e in seen.order if e.kind == "B"] == [a for a in SCHEDULES[name](pp.rank, pp.size, 6) if a.kind == "B"]
+    assert [e for e in seen.order if e.kind == "B"] == [
+        a for a in SCHEDULES[name](pp.rank, pp.size, 6) if a.kind == "B"
+    ]
 
 
 def test_evaluate_keeps_no_activations(pp: Communicator) -> None:

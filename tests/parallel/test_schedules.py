@@ -1,4 +1,4 @@
-"""Every schedule is complete and free of deadlock, takes the time and memory that its paper says, and a wrong one is refused."""
+"""Every schedule is complete and free of deadlock and costs what its paper says; a wrong one is refused."""
 
 from __future__ import annotations
 

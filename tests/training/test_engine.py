@@ -49,7 +49,9 @@ def test_a_result_is_the_same_on_every_rank_and_on_every_layout(world: Intracomm
         found = steps(config, world, 2)
         assert world.allgather(found) == [found] * world.size
         for here, there in zip(found, wanted, strict=True):
-            assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-12), short(config.layout)
+            assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-12), short(
+                config.layout
+            )
 
 
 def assert_the_gradient_is_that_of_the_mean_loss() -> None:
@@ -167,7 +169,7 @@ def test_uneven_microbatches_are_the_same_on_all_replicas(world: Intracomm) -> N
         sizes = [len(m.place.samples) for m in cut if m.place.samples is not None]
         assert len(sizes) == 3 and sum(sizes) == len(samples)
         assert sizes == ([1, 1, 1] if len(samples) == 3 else [1, 1, 0])
-        np.testing.assert_array_equal(np.concatenate([m.place.samples for m in cut]), samples)  # type: ignore[misc]
+        np.testing.assert_array_equal(np.concatenate([m.place.samples for m in cut]), samples)
         np.testing.assert_array_equal(np.concatenate([m.inputs for m in cut], 1), inputs)
 
 
@@ -201,7 +203,9 @@ def test_evaluate_another_number_of_samples_than_a_step_has(world: Intracomm) ->
     for layout in layouts(config, world.size):
         with engine(layout, world) as e:
             share = e.mesh["dp"].part(16)
-            assert e.evaluate(inputs[:, share], targets[:, share], samples[share], 16) == pytest.approx(wanted, rel=1e-13)
+            assert e.evaluate(inputs[:, share], targets[:, share], samples[share], 16) == pytest.approx(
+                wanted, rel=1e-13
+            )
 
 
 def test_shorter_sequences_than_the_longest() -> None:

@@ -26,7 +26,8 @@ LIMIT = 1e-12  # of float64's 2e-16; measured: a few 1e-15
 CASES: dict[str, dict[str, Any]] = {
     "gpt": ODD | {"style": "gpt", "microbatch": 3},
     "llama": ODD | {"style": "llama", "tied": False, "bias": True, "layers": 3, "microbatch": 2},
-    "gpt-untied": ODD | {"style": "gpt", "tied": False, "bias": False, "layers": 1, "batch": 3, "heads": 7, "kv_heads": 7},
+    "gpt-untied": ODD
+    | {"style": "gpt", "tied": False, "bias": False, "layers": 1, "batch": 3, "heads": 7, "kv_heads": 7},
 }
 
 #: Fewer of everything than ranks: heads, vocabulary rows, columns, positions, layers and samples.
