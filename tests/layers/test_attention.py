@@ -209,9 +209,9 @@ def test_no_position_sees_a_later_one() -> None:
 def test_core_keeps_nothing_of_the_size_of_its_scores() -> None:
     s = 64
     core = CausalAttention(Heads(2, 2), place(s).cursor, 0.3)
-    _, (q, kv, o, lse, _) = core.forward((draw(s, 1, 2, D), draw(s, 1, 2, 2, D)))
-    assert sum(row.size for row in lse) == s * 2
-    assert q.size + kv.size + o.size == s * 2 * D * 4
+    _, (q, kv, o, lse, _) = core.forward((draw(s, BATCH, 2, D), draw(s, BATCH, 2, 2, D)))
+    assert sum(row.size for row in lse) == s * BATCH * 2
+    assert q.size + kv.size + o.size == s * BATCH * 2 * D * 4
 
 
 # --- rotary positions --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_the_mask_depends_on_the_sample_and_not_on_the_microbatch() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"step": 4}, {"samples": np.array([8, 5])}])
-def test_other_steps_and_samples_have_other_masks(changes: dict[str, object]) -> None:
+def test_other_steps_and_samples_have_other_masks(changes: dict[str, Any]) -> None:
     assert (dropped(place(13, **changes)) != dropped(place(13))).mean() > 0.2
 
 

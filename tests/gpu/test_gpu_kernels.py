@@ -1,0 +1,80 @@
+"""Every kernel, and the random numbers, on CuPy arrays against NumPy's, on odd and empty sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpcmp import kernels, random
+from hpcmp.arrays import to_host
+from hpcmp.kernels import reference
+from tests.kernels.test_kernels import ADAMW, CALLS, SIZES, Sizes, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+def put(x: Any, contiguous: bool) -> Any:
+    """An array's copy on the GPU; if not contiguous, every second number of one with its axes in the opposite order."""
+    import cupy
+
+    if not isinstance(x, np.ndarray):
+        return x
+    y = cupy.asarray(x)
+    return y if contiguous else cupy.repeat(y.T, 2, 0)[::2].T
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kernel_does_as_the_reference_does_on_the_host(
+    name: str, size: tuple[int, int], contiguous: bool, dtype: Any
+) -> None:
+    import cupy
+
+    arguments = CALLS[name](Sizes(*size, dtype))
+    wide = [v.astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == dtype else v for v in arguments]
+    expected = run(reference, name, wide)
+    on_gpu = [put(v, contiguous) for v in arguments]
+    result = getattr(kernels.of(cupy.empty(0)), name)(*on_gpu, **(ADAMW if name == "adamw" else {}))
+    results = list(result) if isinstance(result, tuple) else [] if result is None else [result]
+    found = [*results, *(v for v in on_gpu if isinstance(v, cupy.ndarray))]
+    tolerance = 2e-5 if dtype == np.float32 else 1e-12
+    for y, z in zip(found, expected, strict=True):
+        assert np.shape(y) == np.shape(z)
+        if isinstance(y, cupy.ndarray) and y.dtype.kind == "f":
+            assert y.dtype == dtype
+        scale = max(1, np.abs(z).max(initial=0))
+        assert np.abs(to_host(y) - z).max(initial=0) <= tolerance * scale
+
+
+def test_random_numbers_are_the_hosts() -> None:
+    import cupy
+
+    key = random.key(3, "a/name", 7)
+    for shape in ((3, 4, 9), (2, 1, 1), (5, 70000)):
+        for index in (tuple(slice(0, n) for n in shape), tuple(slice(n // 3, n) for n in shape)):
+            found = random.normal_slab(key, shape, index, cupy)
+            np.testing.assert_allclose(to_host(found), random.normal_slab(key, shape, index), atol=1e-12)
+    i, j = np.arange(5)[:, None], np.array([2**31, 7])
+    words = random.bits(key, cupy.asarray(i), cupy.asarray(j), slice(3, 11), xp=cupy)
+    np.testing.assert_array_equal(to_host(words), random.bits(key, i, j, slice(3, 11)))
+    kept = random.keep_mask(0.3, key, cupy.asarray(i), cupy.asarray(j), slice(0, 6), cupy.asarray(i), cupy)
+    np.testing.assert_array_equal(to_host(kept), random.keep_mask(0.3, key, i, j, slice(0, 6), i))
+
+
+def test_the_gradient_of_an_embedding_is_the_same_in_every_run() -> None:
+    """Many tokens to a row, and numbers of very different sizes, whose sum depends on the order."""
+    import cupy
+
+    draw = np.random.default_rng(0)
+    ids, dy = draw.integers(0, 3, 20000), (10.0 ** draw.uniform(-6, 6, (20000, 8))).astype(np.float32)
+    found = []
+    for _ in range(5):
+        grad = cupy.zeros((3, 8), np.float32)
+        kernels.of(grad).embedding_backward_weight(grad, cupy.asarray(ids), 0, cupy.asarray(dy))
+        found.append(to_host(grad))
+    assert all(np.array_equal(grad, found[0]) for grad in found)
+    np.testing.assert_allclose(found[0], [dy[ids == row].sum(0, dtype=np.float64) for row in range(3)], rtol=1e-4)
