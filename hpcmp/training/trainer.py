@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..checkpoint import open_checkpoint, save
+from ..checkpoint import CheckpointSaveError, checkpoints, open_checkpoint, save
 from ..checkpoint.agree import agreed
-from ..errors import HpcmpError, InputError
+from ..errors import CheckpointError, HpcmpError, InputError
 from .config import Config
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
@@ -100,7 +100,7 @@ class Trainer:
             if c.run.evaluate_every and self.step % c.run.evaluate_every == 0:
                 self.evaluate()
             if c.checkpoint.every and self.step % c.checkpoint.every == 0:
-                self.save()
+                self._save_if_possible()
             yield result
             if result.stop:
                 self.reason = self._why()
@@ -184,6 +184,14 @@ class Trainer:
             )
         return path
 
+    def _save_if_possible(self) -> None:
+        """Save on the way: what went before is kept, and a disk that is full now may not be so later."""
+        try:
+            self.save()
+        except CheckpointSaveError as error:
+            if self.logs:
+                log.warning("%s; training goes on, %s", error, self._last())
+
     def _open_directory(self) -> None:
         if self.config.run.plot and find_spec("matplotlib") is None:
             raise InputError('run.plot needs matplotlib: pip install "hpcmp[plot]"')
@@ -202,21 +210,29 @@ class Trainer:
         (self.directory / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
 
     def _resume(self) -> None:
-        with self._agreed():
-            there = any(self.checkpoints.glob("step_*"))
-        if not any(self.mesh.gather_objects(there)):
+        """Go on from the newest checkpoint that is whole; a damaged one is named and passed over."""
+        found = self.mesh.gather_objects([str(path) for path in checkpoints(self.checkpoints)] if self.logs else None)[
+            0
+        ]
+        for path, last in ((path, path == found[-1]) for path in found):
+            try:
+                checkpoint = open_checkpoint(Path(path), self.mesh)
+                with self._agreed():
+                    check_same_model(checkpoint, self.config)
+                    self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
+                checkpoint.load(load_slabs(self.engine))
+            except CheckpointError as error:
+                if last:
+                    raise
+                if self.logs:
+                    log.warning("%s; trying the one before", error)
+                continue
+            self.engine.optimizer.steps = checkpoint.state["optimizer_steps"]
+            self.step = checkpoint.step
+            self._saved = checkpoint.step, checkpoint.path
+            if self.logs:
+                log.info("resumed from %s (step %d)", checkpoint.path, self.step)
             return
-        checkpoint = open_checkpoint(self.checkpoints, self.mesh)
-        state = checkpoint.state
-        with self._agreed():
-            check_same_model(checkpoint, self.config)
-            self.inputs.sampler.load_state_dict(state["sampler"])
-        checkpoint.load(load_slabs(self.engine))
-        self.engine.optimizer.steps = state["optimizer_steps"]
-        self.step = checkpoint.step
-        self._saved = checkpoint.step, checkpoint.path
-        if self.logs:
-            log.info("resumed from %s (step %d)", checkpoint.path, self.step)
 
     def _say_hello(self) -> None:
         if self.logs:

@@ -184,3 +184,18 @@ def test_a_link_of_the_length_of_the_file_is_still_a_link(tmp_path):
     assert data.lstat().st_size == length and data.stat().st_size == length
     with pytest.raises(CheckpointError, match="not a plain file"):
         open_checkpoint(path)
+
+
+def test_half_a_checkpoint_is_never_visible(run, monkeypatch, caplog):
+    """Removing one fails half way: it has another name by then, the save counts, and the next one finishes the work."""
+
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.shutil, "rmtree", broken)
+        write(run, 3, keep=1)
+    assert sorted(p.name for p in run.glob("step_*")) == ["step_00000003"]
+    assert "cannot remove" in caplog.text and len(list(run.glob(".step_*.tmp-*"))) == 2
+    write(run, 4, keep=1)
+    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_00000004"]

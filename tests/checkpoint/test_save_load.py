@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcmp.checkpoint import CheckpointSaveError, Slab, checkpoints, open_checkpoint, save, slab
+from hpcmp.checkpoint import CheckpointSaveError, Slab, checkpoints, open_checkpoint, save, slab, writer
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
 from tests.checkpoint.cases import (
@@ -236,7 +236,19 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
-def test_the_caller_may_reorder_files_and_manifest_is_json(tmp_path):
+def test_numbers_that_cannot_be_had(tmp_path, monkeypatch):
+    """A GPU that fails while its arrays are copied: no checkpoint, and no crash in HDF5 later."""
+
+    def lost(array):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(writer, "to_host", lost)
+    with pytest.raises(CheckpointSaveError, match=r"rank_00000\.h5: RuntimeError: the device is lost"):
+        write(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_is_json(tmp_path):
     path = write(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
     assert content["format"] == "hpcmp-checkpoint" and content["version"] == 1 and content["step"] == 1
@@ -245,7 +257,7 @@ def test_the_caller_may_reorder_files_and_manifest_is_json(tmp_path):
     assert sorted(piece) == ["count", "dataset", "digest", "file", "start"]
 
 
-def test_slabs_may_come_from_a_generator_and_ranks_may_repeat_names(tmp_path):
+def test_slabs_may_come_from_a_generator(tmp_path):
     slabs = by_name(list(owned(Mesh(), 8)))
     save(tmp_path, 8, (slabs[name] for name in slabs), STATE, Mesh())
     assert version_at(Path(tmp_path)) == 8

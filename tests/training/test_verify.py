@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 FEW = {"layers": 1, "heads": 2, "kv_heads": 1, "vocabulary": 3, "ffn": 3, "sequence": 3, "batch": 3, "dropout": 0.1}
 
 
+def some(configs: list[Config], world: Intracomm, turn: int, of: int) -> list[Config]:
+    """All of ``configs`` on up to 4 ranks; on more, where there are many, the part that is the turn of one of ``of`` cases."""
+    return configs if world.size <= 4 else configs[turn::of]
+
+
 def assert_serial(configs: list[Config], world: Intracomm | None, limit: float = LIMIT) -> None:
     for report in verify(configs, world, source_of(configs[0])):
         far = {p.name: (p.gradient, p.weight) for p in report.parameters if max(p.gradient, p.weight) > limit}
@@ -45,21 +50,22 @@ def assert_serial(configs: list[Config], world: Intracomm | None, limit: float =
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_of_odd_sizes(world: Intracomm, case: str) -> None:
     """dp x pp x tp in every way, with and without sequence parallelism, with dropout, microbatches and clipping."""
-    assert_serial(layouts(small(**CASES[case]), world.size), world)
+    assert_serial(some(layouts(small(**CASES[case]), world.size), world, list(CASES).index(case), len(CASES)), world)
 
 
 @pytest.mark.mpi
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-def test_every_layout_and_schedule_with_fewer_of_everything_than_ranks(world: Intracomm, style: str) -> None:
-    assert_serial(layouts(small(**FEW, style=style, tied=True, microbatch=1), world.size, schedules=True), world)
+@pytest.mark.parametrize(("turn", "style"), enumerate(["gpt", "llama"]))
+def test_every_layout_and_schedule_with_fewer_of_everything_than_ranks(world: Intracomm, turn: int, style: str) -> None:
+    config = small(**FEW, style=style, tied=True, microbatch=1)
+    assert_serial(some(layouts(config, world.size, schedules=True), world, turn, 2), world)
 
 
 @pytest.mark.mpi
 def test_microbatches_of_any_size(world: Intracomm) -> None:
     for text in (f"pp={world.size}", f"dp={world.size}"):
         config = small(batch=5, dropout=0.1)
-        assert_serial([spread(config, f"{text},micro={micro}") for micro in (1, 2, 4, 5)], world)
+        assert_serial([spread(config, f"{text},micro={micro}") for micro in (1, 2, 4)], world)
 
 
 @pytest.mark.mpi
