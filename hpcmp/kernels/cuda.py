@@ -35,12 +35,12 @@ def embedding_backward_weight(grad: Array, ids: Array, first: int, dy: Array) ->
 
 @functools.cache
 def _sum_rows() -> Any:
-    """total[s, column] = sum over i from start[s] to stop[s] of x[order[i], column]."""
+    """total[s, column] = sum over t from start[s] to stop[s] of x[order[t], column]."""
     import cupy
 
     return cupy.ElementwiseKernel(
         "raw T x, raw int64 order, int64 start, int64 stop, int64 column, int64 width",
         "T total",
-        "total = 0; for (long long i = start; i < stop; i++) total += x[order[i] * width + column];",
+        "total = 0; for (long long t = start; t < stop; t++) total += x[order[t] * width + column];",
         "hpcmp_sum_rows",
     )

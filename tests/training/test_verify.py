@@ -55,7 +55,7 @@ def test_every_layout_of_odd_sizes(world: Intracomm, case: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("turn", "style"), enumerate(["gpt", "llama"]))
+@pytest.mark.parametrize(("turn", "style"), [(0, "gpt"), (1, "llama")])
 def test_every_layout_and_schedule_with_fewer_of_everything_than_ranks(world: Intracomm, turn: int, style: str) -> None:
     config = small(**FEW, style=style, tied=True, microbatch=1)
     assert_serial(some(layouts(config, world.size, schedules=True), world, turn, 2), world)
