@@ -25,16 +25,16 @@ done=0
 if [[ -e $run/checkpoints/latest ]]; then
     done=$(hpcmp checkpoint show "$run/checkpoints" --json | python -c 'import json, sys; print(json.load(sys.stdin)["step"])')
 fi
-first=280 last=360
+first=800 last=1000
 if ((done >= last)); then   # run again: as many steps again as the second part, at the lowest learning rate
-    first=$done last=$((done + 80))
+    first=$done last=$((done + 200))
 fi
 if ((done < first)); then
     echo "== tensor parallel, to step $first"
-    train "$first" layout.tp=2 layout.dp=1 train.minutes=3 "$@"
+    train "$first" layout.tp=2 layout.dp=1 train.minutes=2.7 "$@"
 fi
 echo "== the same run, data parallel, to step $last"
-train "$last" layout.tp=1 layout.dp=2 train.minutes=1.5 "$@"
+train "$last" layout.tp=1 layout.dp=2 train.minutes=1.2 "$@"
 
 echo "== a sample"
 mpirun -n 2 hpcmp generate "$run/checkpoints" --prompt 'def ' --tokens 240 --temperature 0.7 | tee "$run/sample.txt"

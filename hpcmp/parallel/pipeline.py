@@ -77,7 +77,8 @@ class Pipeline:
                     kept = (kept, from_loss)
                 else:
                     sends.append(self.pp.send(y, self.pp.rank + 1, 2 * i + _FORWARD))
-                saved[i] = kept
+                if final >= 0:  # else nothing comes back for it
+                    saved[i] = kept
             elif kind == "B":
                 kept = saved.pop(i)
                 if self.last:
