@@ -66,9 +66,7 @@ def test_gradcheck_reports_small_errors_of_a_right_gradient() -> None:
 @pytest.mark.parametrize("shape", [(5, 2, 7), (2, 7)])
 def test_gradcheck_finds_one_wrong_number(shape: tuple[int, ...]) -> None:
     """Among many along random directions, among few by unit vectors."""
-    with pytest.raises(
-        AssertionError, match="Tanh: backward differs from central differences: input: .*at most 1e-06"
-    ):
+    with pytest.raises(AssertionError, match="Tanh: backward differs from central differences: input: .*at most 1e-06"):
         gradcheck(Tanh(wrong=1e-3), np.ones(shape))
 
 

@@ -41,7 +41,7 @@ class Library:
 
     def on_device(self, x: Array) -> bool:
         """Whether ``x`` is NCCL's to move."""
-        return not isinstance(x, np.ndarray)
+        return array_module(x) is not np
 
     def pointer(self, x: Array) -> int:
         """The address of the first element of a contiguous array."""

@@ -215,12 +215,12 @@ def cross_entropy_parts(logits: Array, targets: Array, first: int, top: Array) -
 def cross_entropy_backward(scale: Array, logits: Array, targets: Array, first: int, lse: Array) -> Array:
     """dx = scale (exp(x - lse) - [column is the target]). scale and lse (...): a zero scale ignores a position."""
     xp = array_module(logits)
-    dx = xp.exp(logits - lse[..., None])
+    dx = rows(xp.exp(logits - lse[..., None]))
     column = (targets - first).reshape(-1)
     chosen = xp.nonzero((column >= 0) & (column < logits.shape[-1]))[0]
-    rows(dx)[chosen, column[chosen]] -= 1
-    dx *= scale[..., None]
-    return dx
+    dx[chosen, column[chosen]] -= 1
+    dx *= scale.reshape(-1, 1)
+    return dx.reshape(logits.shape)
 
 
 def square_sum(x: Array) -> float:

@@ -208,7 +208,8 @@ def _size(x: NDArray[Any]) -> float:
 
 
 def _relative(a: float, b: float) -> float:
-    return abs(a - b) / abs(b) if b else abs(a)
+    difference = abs(a - b) / abs(b) if b else abs(a)
+    return difference if math.isfinite(difference) else math.inf  # no maximum would keep a NaN
 
 
 def _worst(mesh: Mesh, error: float) -> float:

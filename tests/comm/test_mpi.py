@@ -66,7 +66,7 @@ KINDS: list[tuple[Any, bool]] = [(np.float64, True), (np.float32, False)]  # dty
 
 @pytest.mark.parametrize("op", ["sum", "max"])
 def test_all_reduce(comm: MpiCommunicator, op: Any) -> None:
-    for shape in ((), (3,), (4, 3), (2, 0)):
+    for shape in ((), (4, 3), (2, 0)):
         for kind in (*KINDS, (np.int64, True)):
             arrays = [draw(shape, rank, *kind) for rank in range(comm.size)]
             x = arrays[comm.rank].copy(order="K")
@@ -101,13 +101,14 @@ def test_reduce_scatter(comm: MpiCommunicator, axis: int) -> None:
             same(comm.reduce_scatter(arrays[comm.rank], axis).wait(), expected)
 
 
-@pytest.mark.parametrize(("split", "concat"), [(0, 1), (1, 0), (2, 0), (-1, 1)])
+@pytest.mark.parametrize(("split", "concat"), [(0, 1), (2, 0), (-1, 1)])
 def test_all_to_all(comm: MpiCommunicator, split: int, concat: int) -> None:
-    for i, length in enumerate(totals(comm.size)):
-        for j, total in enumerate(totals(comm.size)):
+    lengths = totals(comm.size)
+    for i, length in enumerate(lengths):
+        for total in (length, lengths[i - 1]):
             shape = [2, 2, 2]
             shape[split] = length
-            arrays = shards(shape, concat, total, comm.size, *KINDS[(i + j) % 2])
+            arrays = shards(shape, concat, total, comm.size, *KINDS[i % 2])
             parts = [np.array_split(x, comm.size, split)[comm.rank] for x in arrays]
             same(comm.all_to_all(arrays[comm.rank], split, concat, total).wait(), np.concatenate(parts, concat))
 

@@ -46,8 +46,8 @@ def test_every_kernel_does_as_the_reference_does_on_the_host(
         assert np.shape(y) == np.shape(z)
         if isinstance(y, cupy.ndarray) and y.dtype.kind == "f":
             assert y.dtype == dtype
-        size = np.abs(z).max(initial=1, where=np.isfinite(z))
-        np.testing.assert_allclose(to_host(y), z, rtol=0, atol=tolerance * size)
+        scale = np.abs(z).max(initial=1, where=np.isfinite(z))
+        np.testing.assert_allclose(to_host(y), z, rtol=0, atol=tolerance * scale)
 
 
 def test_random_numbers_are_the_hosts() -> None:

@@ -90,6 +90,7 @@ def test_buffers_are_not_used_again_too_early(comm: Layouts) -> None:
         sums.append(comm.all_reduce(x.T))
         if rank + 1 < size:
             sent.append(comm.send((x + 1).T, rank + 1, i))
+        cupy.full((n, n), np.nan)  # queued on memory that goes back to the pool at once
         if rank > 0:
             received.append(comm.recv((n, n), np.float64, rank - 1, i, like=x))
         del x
@@ -103,6 +104,22 @@ def test_buffers_are_not_used_again_too_early(comm: Layouts) -> None:
         pending.wait()
 
 
+def test_a_message_that_waits_does_not_meet_work_on_the_memory_that_it_gets(comm: Layouts, world: Intracomm) -> None:
+    import cupy
+
+    n, rank = 100, comm.rank
+    for i in range(10):
+        sent = comm.send(cupy.full(n, float(rank)), rank + 1) if rank + 1 < comm.size else None
+        if i > 0:  # a communicator's first message is collective
+            world.Barrier()
+        if rank > 0:
+            cupy.full(n, np.nan)  # queued on memory that goes back to the pool at once
+            received = comm.recv((n,), np.float64, rank - 1, like=cupy.empty(0))
+            np.testing.assert_array_equal(to_host(received.wait()), rank - 1)
+        if sent:
+            sent.wait()
+
+
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 def test_every_layout_gives_the_serial_model(backend: str, world: Intracomm, style: str) -> None:
     keys = {"backend": "nccl" if backend == "nccl" else "mpi", "cuda_aware": "yes" if backend == "direct" else "no"}
@@ -114,4 +131,6 @@ def test_every_layout_gives_the_serial_model(backend: str, world: Intracomm, sty
         with engine(config, world) as e:
             found: list[Result] = [e.step(i, *source(i, e.share)) for i in range(2)]
         for here, there in zip(found, wanted, strict=True):
-            assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-11), short(config.layout)
+            assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-11), short(
+                config.layout
+            )

@@ -8,7 +8,7 @@ import pytest
 from hpcmp.collectives import AllGather, AllReduce, Copy, ReduceScatter
 from hpcmp.comm.base import Communicator
 from hpcmp.layers.parallel import TensorParallel
-from hpcmp.module import Module, Sequential
+from hpcmp.module import Module
 from hpcmp.testing import assert_adjoint, assert_owned_once
 
 from .common import place
@@ -48,7 +48,6 @@ def test_parameters_are_owned_once(parallel: TensorParallel) -> None:
     ]
     for p in parameters:
         p.name = str(p.shape)
-    Sequential().initialise()
     for p in parameters:
         p.data = np.zeros(p.local_shape)
     assert_owned_once(parameters, parallel.tp)

@@ -139,8 +139,9 @@ def test_finish_starts_what_nobody_completed(started: list[Bucket]) -> None:
 
 
 def test_ready_of_a_module_without_parameters() -> None:
-    buckets = Buckets(Holder(Parameter((2,))), Mesh())
-    buckets.ready(Sequential())
+    model = Sequential(Holder(Parameter((2,))))
+    buckets = Buckets(model, Mesh())
+    buckets.ready(model)
     buckets.ready(None)
     assert buckets.buckets[0].missing == 1
 
@@ -235,6 +236,26 @@ def test_the_sum_is_over_replicas_copies_and_overlapping_shards(world: Intracomm
                 np.testing.assert_allclose(
                     p.grad, whole[p.index], rtol=1e-12, atol=1e-13, err_msg=f"{p.name} {short(config.layout)}"
                 )
+
+
+@pytest.mark.mpi
+def test_the_ranks_of_a_group_have_the_same_buckets(world: Intracomm) -> None:
+    """Whatever the size of their shards: else their sums over the group would be matched with one another's.
+
+    On three ranks and more the key-value heads of a rank are one or two.
+    """
+    for config in every(world, layers=5, kv_heads=2):
+        with engine(config, world) as e:
+            here = e.mesh.coordinates
+            for size in (100, 300, 600, 1000, 3000):
+                buckets = Buckets(e.stage, e.mesh, size=size, dtype=np.float64).buckets
+                mine = [(b.parameters[0].shared, [p.name for p in b.parameters]) for b in buckets]
+                everyone = world.allgather((here, mine))
+                for shared in {shared for shared, _ in mine}:
+                    axes = {"dp", *shared} | ({"pp"} if "ends" in shared else set())
+                    group = [some for there, some in everyone if all(there[a] == here[a] or a in axes for a in here)]
+                    lists = [[names for kind, names in some if kind == shared] for some in group]
+                    assert all(names in ([], lists[0]) for names in lists), f"{short(config.layout)}, {size} bytes"
 
 
 @pytest.mark.mpi

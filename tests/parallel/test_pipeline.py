@@ -85,11 +85,16 @@ class Layer(Module):
 class Squares(Module):
     """L = sum (y - t)^2 / 2."""
 
-    def forward(self, x: Any) -> tuple[Any, Any]:
-        return ((x[0] - x[1]) ** 2).sum() / 2, x[0] - x[1]
+    def __init__(self, cursor: Cursor, seen: Seen) -> None:
+        self.cursor, self.seen = cursor, seen
 
-    def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> tuple[Any, None]:
-        return dy * saved, None
+    def forward(self, x: Any) -> tuple[Any, Kept]:
+        kept = Kept(self.cursor.place.step, *x)
+        self.seen.alive.add(kept)
+        return ((kept.x - kept.y) ** 2).sum() / 2, kept
+
+    def backward(self, dy: Any, saved: Kept, wgrad: WGrad) -> tuple[Any, None]:
+        return dy * (saved.x - saved.y), None
 
 
 def sizes(microbatches: int) -> list[int]:
@@ -113,7 +118,7 @@ def make(
         assert place.samples is not None
         return LENGTH, len(place.samples), WIDTH
 
-    pipeline = Pipeline(Sequential(*layers), Squares(), pp, schedule, cursor, shape, np.empty(0))
+    pipeline = Pipeline(Sequential(*layers), Squares(cursor, seen), pp, schedule, cursor, shape, np.empty(0))
     random, batches, start = np.random.default_rng(7), [], 0
     for i, n in enumerate(sizes(microbatches)):
         inputs, targets = random.standard_normal((2, LENGTH, n, WIDTH))

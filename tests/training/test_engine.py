@@ -127,7 +127,8 @@ def test_stop_is_agreed(world: Intracomm) -> None:
         with engine(config, world) as e:
             batch = source_of(config)(0, e.share)
             for asking in (None, 0, world.size - 1):
-                assert e.step(0, *batch, stop=world.rank == asking).stop == (asking is not None)
+                found = world.allgather(e.step(0, *batch, stop=world.rank == asking).stop)
+                assert found == [asking is not None] * world.size
 
 
 @pytest.mark.mpi
@@ -171,6 +172,16 @@ def test_uneven_microbatches_are_the_same_on_all_replicas(world: Intracomm) -> N
         assert sizes == ([1, 1, 1] if len(samples) == 3 else [1, 1, 0])
         np.testing.assert_array_equal(np.concatenate([m.place.samples for m in cut]), samples)
         np.testing.assert_array_equal(np.concatenate([m.inputs for m in cut], 1), inputs)
+
+
+def test_microbatches_of_an_evaluation_are_no_larger() -> None:
+    """However many samples it has."""
+    config = small(batch=6, microbatch=2)
+    with engine(config) as e:
+        for count in (1, 6, 16, 17):
+            batch = source_of(small(batch=count))(0, slice(0, count))
+            sizes = [len(m.place.samples) for m in e._cut(0, *batch, False) if m.place.samples is not None]
+            assert sum(sizes) == count and max(sizes) <= 2
 
 
 @pytest.mark.mpi

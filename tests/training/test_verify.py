@@ -69,6 +69,21 @@ def test_microbatches_of_any_size(world: Intracomm) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+def test_shorter_sequences_and_targets_that_are_ignored(world: Intracomm, style: str) -> None:
+    """Of other lengths in every step, one position at last, and every third target ignored."""
+
+    def source(step: int, share: slice) -> Any:
+        inputs, targets, samples = source_of(config)(step, share)
+        there = np.arange(5)[:, None] + samples
+        return inputs[: 4 - step], np.where(there % 3, targets, -1)[: 4 - step], samples
+
+    config = small(style=style, dropout=0.1, microbatch=2)
+    for report in verify(layouts(config, world.size), world, source, steps=4):
+        assert report.worst <= LIMIT, report.layout
+
+
+@pytest.mark.mpi
 def test_idle_ranks(world: Intracomm) -> None:
     """A layout runs on the first ranks; the others wait, and get the same report."""
     configs = [config for n in range(1, min(world.size, 3) + 1) for config in layouts(small(), n)]
