@@ -35,7 +35,7 @@ FEW = {"layers": 1, "heads": 2, "kv_heads": 1, "vocabulary": 3, "ffn": 3, "seque
 
 
 def some(configs: list[Config], world: Intracomm, turn: int, of: int) -> list[Config]:
-    """All of ``configs`` on up to 4 ranks; on more, where there are many, the part that is the turn of one of ``of`` cases."""
+    """All of ``configs`` on up to 4 ranks; on more, where there are many, the turn of one of ``of`` cases."""
     return configs if world.size <= 4 else configs[turn::of]
 
 
