@@ -48,17 +48,21 @@ def gelu_backward(dy: Array, x: Array) -> Array:
 
 def swiglu(x: Array) -> Array:
     """y = g sigmoid(g) u. x (..., 2, f) holds gate g and up u; y (..., f). Shazeer, "GLU variants", 2020."""
-    xp = array_module(x)
     gate, up = x[..., 0, :], x[..., 1, :]
-    return gate / (1 + xp.exp(-gate)) * up
+    return gate * _sigmoid(gate) * up
 
 
 def swiglu_backward(dy: Array, x: Array) -> Array:
     """dg = dy u s (1 + g (1 - s)), du = dy g s, with s = sigmoid(g); stacked as x is."""
     xp = array_module(x)
     gate, up = x[..., 0, :], x[..., 1, :]
-    s = 1 / (1 + xp.exp(-gate))
+    s = _sigmoid(gate)
     return xp.stack([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], -2)
+
+
+def _sigmoid(x: Array) -> Array:
+    xp = array_module(x)
+    return 1 / (1 + xp.exp(xp.minimum(-x, 80)))  # beyond 80 it is 0 but for 1e-35, and exp would overflow in float32
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:

@@ -52,7 +52,7 @@ class ColumnParallelLinear(Module):
             shard: dict[str, Any] = {"part": o.part, "owned": o.owned, "overlaps": o.overlaps}
             self.weights[name] = parallel.sharded(features, *o.shape, axis=1 + o.axis, initial=initial, **shard)
             if bias:
-                self.biases[f"{name}_bias"] = parallel.sharded(
+                self.biases[_bias(name)] = parallel.sharded(
                     *o.shape, axis=o.axis, initial=constant(0), decay=False, **shard
                 )
 
@@ -63,7 +63,7 @@ class ColumnParallelLinear(Module):
         for name, weight in self.weights.items():
             y = k.matmul(whole, matrix(weight.data, 1))
             if self.biases:
-                y += self.biases[f"{name}_bias"].data.reshape(-1)
+                y += self.biases[_bias(name)].data.reshape(-1)
             ys.append(y.reshape(*whole.shape[:-1], *weight.data.shape[1:]))
         return ys[0] if len(ys) == 1 else tuple(ys), x
 
@@ -86,7 +86,7 @@ class ColumnParallelLinear(Module):
         for dy, (name, weight) in zip(dys, self.weights.items(), strict=True):
             k.add_outer(matrix(weight.grad, 1), x, dy)
             if self.biases:
-                grad = self.biases[f"{name}_bias"].grad
+                grad = self.biases[_bias(name)].grad
                 grad += k.rows(dy).sum(0).reshape(grad.shape)
 
 
@@ -153,6 +153,11 @@ class ParallelHead(Module):
     def backward_weight(self, x: Array, dy: Array) -> None:
         """dE += dY^T X."""
         kernels.of(x).add_outer(self.table.grad, dy, x)
+
+
+def _bias(weight: str) -> str:
+    """The name of the bias that goes with a weight: ``bias`` with ``weight``, else ``query_bias`` with ``query``."""
+    return "bias" if weight == "weight" else f"{weight}_bias"
 
 
 def matrix(x: Array, axes: int, keep: bool = False) -> Array:
