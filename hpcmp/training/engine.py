@@ -143,16 +143,44 @@ class Engine:
 
 def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
     """The mesh of a resolved configuration over ``comm`` (None: this process alone)."""
-    layout, device, communication = config.layout, config.train.device, config.communication
-    module_for(device)  # refuses a device that is not there
-    staged = False
-    if device != "cpu":
-        from ..comm.detect import cuda_aware, start_mpi
-
-        staged = not cuda_aware(start_mpi(), communication.cuda_aware)
+    layout, communication = config.layout, config.communication
     assert layout.dp is not None  # filled in by resolved
-    backend = communication.backend
-    return Mesh(comm, dp=layout.dp, pp=layout.pp, tp=layout.tp, device=device, backend=backend, staged=staged)
+    return make_mesh(
+        comm,
+        config.train.device,
+        dp=layout.dp,
+        pp=layout.pp,
+        tp=layout.tp,
+        backend=communication.backend,
+        cuda_aware=communication.cuda_aware,
+    )
+
+
+def make_mesh(
+    comm: MPI.Intracomm | None,
+    device: str,
+    *,
+    dp: int = 1,
+    pp: int = 1,
+    tp: int = 1,
+    backend: str = "auto",
+    cuda_aware: str = "auto",
+) -> Mesh:
+    """A mesh whose arrays lie on ``device``; on "cuda" each rank's GPU is chosen and made current. Collective.
+
+    Ranks that share a GPU talk over MPI unless ``backend`` says otherwise, since NCCL wants a GPU to itself.
+    """
+    if device == "cpu":
+        return Mesh(comm, dp=dp, pp=pp, tp=tp)
+    from ..comm.detect import cuda_aware as ask
+    from ..comm.detect import start_mpi
+    from ..comm.device import select_device
+
+    staged = comm is not None and not ask(start_mpi(), cuda_aware)
+    mesh = Mesh(comm, dp=dp, pp=pp, tp=tp, device=device, backend=backend, staged=staged)
+    if select_device(mesh.rank, mesh.gather_objects).shared and backend == "auto":
+        mesh.nccl = False
+    return mesh
 
 
 def architecture(config: Config) -> Architecture:

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from .. import random
 from ..arrays import module_for, to_host
 from ..checkpoint import Checkpoint, Slab, open_checkpoint
-from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..data.tokenizer import Tokenizer, tokenizer_from
 from ..errors import CheckpointError
 from ..layers.parallel import TensorParallel
 from ..models.transformer import build
-from .engine import architecture
+from .engine import architecture, make_mesh
 from .state import config_of
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Generator:
     """
 
     def __init__(self, path: str, comm: MPI.Intracomm | None = None, *, device: str = "cpu") -> None:
-        self.mesh = Mesh(comm, tp=1 if comm is None else comm.size, device=device)
+        self.mesh = make_mesh(comm, device, tp=1 if comm is None else comm.size)
         self.checkpoint: Checkpoint = open_checkpoint(path, self.mesh)
         config = config_of(self.checkpoint)
         self.architecture, self.xp = architecture(config), module_for(device)
