@@ -24,6 +24,11 @@ class Device:
     name: str
     shared: bool
 
+    @property
+    def nccl(self) -> bool:
+        """Whether NCCL connects the ranks: where some share a GPU, only with NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30.3)."""
+        return not self.shared or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
 
 def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     """Make a GPU of its own current on each rank; ``gather`` is ``Mesh.gather_objects``. Collective.

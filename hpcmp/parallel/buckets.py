@@ -131,6 +131,11 @@ class Buckets:
         return math.sqrt(float(whole[0]))
 
 
+def _summed(p: Parameter) -> int:
+    """How many numbers the sum of its gradient moves: the same on every rank of the group, or buckets would differ."""
+    return math.prod(p.shape if p.overlaps else p.local_shape)
+
+
 def _groups(parameters: Iterable[Parameter], most: float) -> list[list[Parameter]]:
     """Runs of parameters that can share a bucket: one open bucket for each kind, closed when it is full."""
     closed: list[list[Parameter]] = []
@@ -138,7 +143,7 @@ def _groups(parameters: Iterable[Parameter], most: float) -> list[list[Parameter
     for p in parameters:
         kind = (p.shared, p.overlaps, p.decay)
         group = opened.setdefault(kind, [])
-        if group and sum(math.prod(q.local_shape) for q in (*group, p)) > most:
+        if group and sum(map(_summed, (*group, p))) > most:
             closed.append(group)
             group = opened[kind] = []
         group.append(p)

@@ -51,7 +51,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def test_it_becomes_current_and_is_logged(gpus: Cuda, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hpcmp")
     chosen = select_device(1, lambda value: [value] * 2)
-    assert (chosen.index, chosen.name, chosen.shared, gpus.used) == (1, "GPU", False, 1)
+    assert (chosen.index, chosen.name, chosen.shared, chosen.nccl, gpus.used) == (1, "GPU", False, True, 1)
     assert "rank 1: GPU 1 of the 2" in caplog.text
 
 
@@ -61,7 +61,10 @@ def test_too_few(gpus: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     assert gpus.used == -1
     monkeypatch.setenv("HPCMP_SHARE_GPU", "1")
     assert select_device(2, lambda value: [value] * 3) == device.Device(0, "GPU", True)
-    assert select_device(0, lambda value: [value] * 3).shared
+    shared = select_device(0, lambda value: [value] * 3)
+    assert shared.shared and not shared.nccl
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert shared.nccl
     assert "3 ranks share 2 GPUs" in caplog.text
 
 

@@ -7,7 +7,6 @@ with several ranks on a GPU.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,8 @@ def backend(request: pytest.FixtureRequest, world: Intracomm, monkeypatch: pytes
     from hpcmp.comm.device import select_device
 
     monkeypatch.setenv("HPCMP_SHARE_GPU", "1")
-    shared = select_device(world.rank, world.allgather).shared
-    if request.param == "nccl" and shared and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+    device = select_device(world.rank, world.allgather)
+    if request.param == "nccl" and not device.nccl:
         pytest.skip("NCCL needs a GPU for each rank, or NCCL_MULTI_RANK_GPU_ENABLE=1")
     if request.param == "direct" and not cuda_aware(MPI):
         pytest.skip("this MPI is not CUDA-aware")
