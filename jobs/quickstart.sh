@@ -3,10 +3,9 @@
 #
 #     bash jobs/quickstart.sh [section.key=value ...]
 #
-# makes .venv, prepares the source of Python's standard library as a corpus of bytes, trains a small GPT (Llama style) on two
-# ranks with
-# tensor parallelism, saves, goes on from that checkpoint with data parallelism instead, draws the loss and writes some
-# code of its own. Under 6 minutes on 2 cores. Run it again, and it goes on from where it stopped.
+# makes .venv, prepares the source of Python's standard library as a corpus of bytes, trains a small GPT (Llama style) on
+# two ranks with tensor parallelism, saves, goes on from that checkpoint with data parallelism instead, draws the loss
+# and writes some code of its own. Under 6 minutes on 2 cores. Run it again, and it goes on from where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh

@@ -26,7 +26,7 @@ class Device:
 
     @property
     def nccl(self) -> bool:
-        """Whether NCCL connects the ranks: where some share a GPU, only with NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30.3)."""
+        """Whether NCCL connects the ranks: where some share a GPU, only if NCCL_MULTI_RANK_GPU_ENABLE=1 (2.30.3)."""
         return not self.shared or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 

@@ -7,8 +7,7 @@ that CuPy's pool, which hands freed memory out again in the order of one stream,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -34,9 +33,7 @@ class Library:
         from cupy.cuda import nccl
 
         if not nccl.available:
-            raise InputError(
-                'communication.backend: CuPy finds no NCCL (pip install "nvidia-nccl-cu12", or -cu13); "mpi" needs none'
-            )
+            raise InputError('communication.backend: CuPy finds no NCCL (see docs/gpu.md); "mpi" needs none')
         self.cuda, self.nccl = cupy.cuda, nccl
 
     def on_device(self, x: Array) -> bool:
@@ -96,20 +93,13 @@ class Lane:
         ready, done = self.library.event(), self.library.event()
         ready.record(self.library.current())
         self.stream.wait_event(ready)
-        with self._group():
-            for count, call in calls:
-                if count:
-                    call(self.stream.ptr)
+        self.library.nccl.groupStart()
+        for count, call in calls:
+            if count:
+                call(self.stream.ptr)
+        self.library.nccl.groupEnd()
         done.record(self.stream)
         return Pending(result, [Done(self.library, done)], None, *keep)
-
-    @contextlib.contextmanager
-    def _group(self) -> Iterator[None]:
-        self.library.nccl.groupStart()
-        try:
-            yield
-        finally:
-            self.library.nccl.groupEnd()
 
     def close(self) -> None:
         """Finish what runs, and free the communicator."""
@@ -122,12 +112,14 @@ class NcclCommunicator(Layouts):
 
     ``control`` serves arrays on the host; it belongs to this communicator from now on: ``close`` frees it.
 
-    Lanes are made when they are first needed: the one of the collectives at the first collective, those of the messages
-    at the first ``send`` or ``recv``, which is therefore collective too. NCCL has no tags: messages from one rank to
-    another are matched by their order. A message holds its lane until both sides have come to it, as a synchronous
-    send does, so there are several: a message takes the lane of its direction (to a higher or a lower rank) and its
-    sender's parity. In a chain of stages, what comes from either neighbour and what goes to it are then four lanes,
-    and no message waits for another one. Nothing is sent for arrays without elements.
+    NCCL has no tags: messages from one rank to another are matched by their order. A message holds its lane until both
+    sides have come to it, as a synchronous send does. So there are several: a message takes the lane of its direction
+    (to a higher or to a lower rank) and of its sender's parity. In a chain of stages, what comes from either neighbour
+    and what goes to it then take four lanes, and none waits for another.
+
+    Lanes are made when they are first needed, while every rank waits for the others: that of the collectives at the
+    first collective, those of the messages at the first ``send`` or ``recv``, to which every rank of the group must
+    therefore come. Nothing is called for arrays without elements.
     """
 
     def __init__(self, control: MpiCommunicator, library: Library | None = None) -> None:
@@ -144,7 +136,7 @@ class NcclCommunicator(Layouts):
         call = partial(lane.nccl.allReduce, self._at(send), self._at(recv), x.size, self._type(x), self._op(op))
         pending = lane.start([(x.size, call)], recv, send)
         if out is not None and out is not recv:
-            pending.finish = lambda y: _copy(y, out)
+            pending.finish = partial(_fill, out)
         return pending
 
     def broadcast(self, x: Array, root: int = 0) -> Pending:
@@ -183,14 +175,13 @@ class NcclCommunicator(Layouts):
             return self.control._all_gather(x, counts)
         lane, kind = self._lane(_COLLECTIVES), self._type(x)
         recv = array_module(x).empty(sum(counts), x.dtype)
-        calls: list[Call]
         if len(set(counts)) == 1:
-            calls = [(counts[0], partial(lane.nccl.allGather, self._at(x), self._at(recv), counts[0], kind))]
-        else:
-            calls = [
-                (n, partial(lane.nccl.broadcast, self._at(x), self._at(recv, start), n, kind, rank))
-                for rank, n, start in shards(counts)
-            ]
+            whole = partial(lane.nccl.allGather, self._at(x), self._at(recv), counts[0], kind)
+            return lane.start([(counts[0], whole)], recv, x)
+        calls: list[Call] = [
+            (n, partial(lane.nccl.broadcast, self._at(x), self._at(recv, start), n, kind, rank))
+            for rank, n, start in shards(counts)
+        ]
         return lane.start(calls, recv, x)
 
     def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending:
@@ -198,14 +189,13 @@ class NcclCommunicator(Layouts):
             return self.control._reduce_scatter(x, counts)
         lane, kind, op = self._lane(_COLLECTIVES), self._type(x), self._op("sum")
         recv = array_module(x).empty(counts[self.rank], x.dtype)
-        calls: list[Call]
         if len(set(counts)) == 1:
-            calls = [(counts[0], partial(lane.nccl.reduceScatter, self._at(x), self._at(recv), counts[0], kind, op))]
-        else:
-            calls = [
-                (n, partial(lane.nccl.reduce, self._at(x, start), self._at(recv), n, kind, op, rank))
-                for rank, n, start in shards(counts)
-            ]
+            whole = partial(lane.nccl.reduceScatter, self._at(x), self._at(recv), counts[0], kind, op)
+            return lane.start([(counts[0], whole)], recv, x)
+        calls: list[Call] = [
+            (n, partial(lane.nccl.reduce, self._at(x, start), self._at(recv), n, kind, op, rank))
+            for rank, n, start in shards(counts)
+        ]
         return lane.start(calls, recv, x)
 
     def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending:
@@ -256,6 +246,6 @@ def shards(counts: list[int]) -> list[tuple[int, int, int]]:
     return list(zip(range(len(counts)), counts, accumulate(counts, initial=0), strict=False))
 
 
-def _copy(source: Array, target: Array) -> Array:
-    target[...] = source
+def _fill(target: Array, y: Array) -> Array:
+    target[...] = y
     return target

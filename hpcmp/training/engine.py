@@ -168,7 +168,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh whose arrays lie on ``device``; on "cuda" each rank's GPU is chosen and made current. Collective.
 
-    Ranks that share a GPU talk over MPI unless ``backend`` says otherwise, since NCCL wants a GPU to itself.
+    Ranks that share a GPU talk over MPI unless ``backend`` says otherwise, where NCCL wants a GPU to itself.
     """
     if device == "cpu":
         return Mesh(comm, dp=dp, pp=pp, tp=tp)
@@ -178,7 +178,7 @@ def make_mesh(
 
     staged = comm is not None and not ask(start_mpi(), cuda_aware)
     mesh = Mesh(comm, dp=dp, pp=pp, tp=tp, device=device, backend=backend, staged=staged)
-    if select_device(mesh.rank, mesh.gather_objects).shared and backend == "auto":
+    if not select_device(mesh.rank, mesh.gather_objects).nccl and backend == "auto":
         mesh.nccl = False
     return mesh
 

@@ -36,8 +36,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "broadcast of a view", partial(_broadcast, shape=(3, 5), view=True)
     for total in (None, 13, 1, 0):
         for axis in (0, 1, -1):
-            yield f"all_gather {total} along {axis}", partial(_all_gather, total=total, axis=axis)
-            yield f"reduce_scatter {total} along {axis}", partial(_reduce_scatter, total=total, axis=axis)
+            for dtype in (np.float32, np.float64):
+                how: dict[str, Any] = {"total": total, "axis": axis, "dtype": dtype}
+                yield f"all_gather {how}", partial(_all_gather, **how)
+                yield f"reduce_scatter {how}", partial(_reduce_scatter, **how)
     for axes in ((0, 1), (1, 0), (2, 0), (0, 2)):
         for sizes in ((6, None), (13, 7), (1, 1), (0, 2), (5, 0)):
             yield f"all_to_all {sizes} along {axes}", partial(_all_to_all, axes=axes, sizes=sizes)
@@ -57,7 +59,9 @@ def _all_reduce(
 ) -> list[Pending]:
     x = put(draw(c, *shape, dtype=dtype))
     x = x.T if view else x
-    return [c.all_reduce(x, op, {"": None, "new": put(np.zeros(shape)), "x": x}[out])]
+    target = {"": None, "new": put(np.zeros(shape)), "x": x}[out]
+    reduced = c.all_reduce(x, op, target)
+    return [reduced] if target is None else [reduced, Pending(target)]  # the second: what it has become
 
 
 def _broadcast(c: Communicator, put: Put, *, shape: tuple[int, ...], view: bool = False) -> list[Pending]:
@@ -65,16 +69,16 @@ def _broadcast(c: Communicator, put: Put, *, shape: tuple[int, ...], view: bool 
     return [c.broadcast(x.T if view else x, c.size - 1)]
 
 
-def _all_gather(c: Communicator, put: Put, *, total: int | None, axis: int) -> list[Pending]:
+def _all_gather(c: Communicator, put: Put, *, total: int | None, axis: int, dtype: Any) -> list[Pending]:
     shape = [3, 2, 4]
     shape[axis] = shape[axis] if total is None else partition.sizes(total, c.size)[c.rank]
-    return [c.all_gather(put(draw(c, *shape)), axis, total)]
+    return [c.all_gather(put(draw(c, *shape, dtype=dtype)), axis, total)]
 
 
-def _reduce_scatter(c: Communicator, put: Put, *, total: int | None, axis: int) -> list[Pending]:
+def _reduce_scatter(c: Communicator, put: Put, *, total: int | None, axis: int, dtype: Any) -> list[Pending]:
     shape = [3, 2, 4]
     shape[axis] = 2 * c.size if total is None else total
-    return [c.reduce_scatter(put(draw(c, *shape)), axis)]
+    return [c.reduce_scatter(put(draw(c, *shape, dtype=dtype)), axis)]
 
 
 def _all_to_all(c: Communicator, put: Put, *, axes: tuple[int, int], sizes: tuple[int, int | None]) -> list[Pending]:
@@ -82,7 +86,7 @@ def _all_to_all(c: Communicator, put: Put, *, axes: tuple[int, int], sizes: tupl
     shape = [2, 3, 2]
     shape[split] = whole
     shape[concat] = 3 if total is None else partition.sizes(total, c.size)[c.rank]
-    return [c.all_to_all(put(draw(c, *shape)), split, concat, total)]
+    return [c.all_to_all(put(draw(c, *shape, dtype=np.int32)), split, concat, total)]
 
 
 def _chain(c: Communicator, put: Put) -> list[Pending]:

@@ -144,6 +144,7 @@ def model(world: Intracomm) -> Any:
 
 def at(address: int, count: int, kind: int) -> np.ndarray:
     """The array at an address, of a type by its number."""
+    assert count > 0, "NCCL was asked to move nothing"
     dtype = np.dtype(TYPES[kind].lower())
     memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     found: np.ndarray = np.frombuffer(memory, dtype)
