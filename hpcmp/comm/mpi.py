@@ -19,6 +19,14 @@ _OPS = {"sum": MPI.SUM, "max": MPI.MAX}
 _TAG = 32767  # of all_to_all's messages: the largest that every MPI has, left to it by the callers of send and recv
 
 
+def settled(x: Array) -> Array:
+    """``x``, once the queued work is done: MPI knows of no stream, and x's memory may come from a pool still in use."""
+    xp = array_module(x)
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+    return x
+
+
 class Direct:
     """MPI reads and writes the arrays themselves."""
 
@@ -26,13 +34,11 @@ class Direct:
         """What MPI reads in place of ``x``: ``x`` itself if it is contiguous."""
         xp = array_module(x)
         x = x if isinstance(x, xp.ndarray) and x.flags.c_contiguous else xp.ascontiguousarray(x).reshape(np.shape(x))
-        if xp is not np:
-            xp.cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
-        return x
+        return settled(x)
 
     def incoming(self, shape: Any, dtype: Any, like: Array) -> Array:
         """What MPI writes in place of a new array of the kind of ``like``."""
-        return array_module(like).empty(shape, dtype)
+        return settled(array_module(like).empty(shape, dtype))
 
     def arrived(self, buffer: Array, like: Array) -> Array:
         """The array, once MPI has written ``buffer``."""
@@ -97,9 +103,7 @@ class MpiCommunicator(Layouts):
 
     def broadcast(self, x: Array, root: int = 0) -> Pending:
         move = self.transport
-        buffer = move.outgoing(x)
-        if self.rank != root and buffer is x:
-            buffer = x.copy()
+        buffer = move.outgoing(x) if self.rank == root else move.incoming(x.shape, x.dtype, x)
         flat = buffer.reshape(-1)
         requests = [self.comm.Ibcast(flat[a:b], root) for a, b in self._pieces(flat.size)]
         return Pending(buffer, requests, lambda y: move.arrived(y, x))
@@ -127,6 +131,7 @@ class MpiCommunicator(Layouts):
             requests = [self.comm.Iallgatherv(send, (recv, counts))]
         else:  # one broadcast a piece of each rank's shard
             recv[self._offset(counts, self.rank) :][: send.size] = send
+            settled(recv)
             requests = [
                 self.comm.Ibcast(recv[start + a : start + b], r)
                 for r, start in enumerate(self._offset(counts, r) for r in range(self.size))
