@@ -52,6 +52,19 @@ parent.add_argument(
 )
 
 
+def add_command(subparsers: Any, name: str, help: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of the command ``name``, with ``--json``; the texts of its help page keep their lines."""
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help,
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[parent],
+    )
+    return command
+
+
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
     """Send the log of hpcmp to stderr: all of rank 0's, and the other ranks' warnings with their rank."""

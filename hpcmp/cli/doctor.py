@@ -29,13 +29,8 @@ examples:
 
 def register(subparsers: argparse._SubParsersAction[common.Parser]) -> None:
     """Add the command to the command line."""
-    command = subparsers.add_parser(
-        "doctor",
-        help="say what this machine and this MPI can do, and what is wrong",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common.parent],
+    command = common.add_command(
+        subparsers, "doctor", "say what this machine and this MPI can do, and what is wrong", ABOUT, EXAMPLES
     )
     command.set_defaults(run=run, show=show)
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .common import parent
+from .common import add_command
 
 ABOUT = """\
 Continue a prompt with the model of a checkpoint, which holds all that is needed: weights, configuration and tokenizer.
@@ -21,14 +21,7 @@ examples:
 
 def register(subparsers: Any) -> None:
     """Add ``hpcmp generate``."""
-    command = subparsers.add_parser(
-        "generate",
-        help="text from a checkpoint",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[parent],
-    )
+    command = add_command(subparsers, "generate", "text from a checkpoint", ABOUT, EXAMPLES)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder of them (the newest)")
     command.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
     command.add_argument("--tokens", type=int, default=200, metavar="N", help="how many tokens at most (default: 200)")

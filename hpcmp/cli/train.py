@@ -6,7 +6,7 @@ import argparse
 import signal
 from typing import Any
 
-from .common import CONTINUE, OK, parent
+from .common import CONTINUE, OK, add_command
 
 ABOUT = """\
 Train a model as CONFIG.toml says, on every rank of mpirun or srun (or alone), and go on from the newest checkpoint
@@ -29,14 +29,7 @@ All keys are in docs/configuration.md. SIGTERM and SIGUSR1 save and stop after t
 
 def register(subparsers: Any) -> None:
     """Add ``hpcmp train``."""
-    command = subparsers.add_parser(
-        "train",
-        help="train a model as a configuration file says",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[parent],
-    )
+    command = add_command(subparsers, "train", "train a model as a configuration file says", ABOUT, EXAMPLES)
     command.add_argument("config", metavar="CONFIG.toml", help="the configuration")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of what the file says")
     command.set_defaults(run=run, show=show)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from .common import FAILED, OK, parent
+from .common import FAILED, OK, add_command
 
 ABOUT = """\
 Build the serial model and each layout from CONFIG.toml, step both on the same batches in float64, optimizer included,
@@ -31,13 +31,8 @@ data.path, or random tokens if it is not set."""
 
 def register(subparsers: Any) -> None:
     """Add ``hpcmp verify``."""
-    command = subparsers.add_parser(
-        "verify",
-        help="prove that a layout gives the serial model's gradients",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[parent],
+    command = add_command(
+        subparsers, "verify", "prove that a layout gives the serial model's gradients", ABOUT, EXAMPLES
     )
     command.add_argument("config", metavar="CONFIG.toml", help="the configuration")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of what the file says")

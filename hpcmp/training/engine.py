@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import partition
-from ..arrays import array_module, module_for, to_host
+from ..arrays import module_for, to_host
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..layers.loss import VocabularyParallelCrossEntropy
@@ -134,11 +134,6 @@ class Engine:
         assert place.samples is not None
         length = self.parallel.tp.part(place.length) if self.parallel.sequence else slice(0, place.length)
         return length.stop - length.start, len(place.samples), self.architecture.hidden
-
-    def synchronise(self) -> None:
-        """Wait for the device, so that a clock read next tells the truth."""
-        if array_module(self.buckets.buckets[0].data if self.buckets.buckets else 0) is not np:
-            self.xp.cuda.get_current_stream().synchronize()
 
 
 def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:

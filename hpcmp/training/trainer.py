@@ -64,8 +64,6 @@ class Trainer:
         flops = self.engine.architecture.flops_per_token(self.config.model.sequence)
         self.tokens = train.batch * self.config.model.sequence
         self.progress = Progress(train.steps, self.tokens, flops, peak, self.config.run.log_seconds, self.step)
-        if not self.logs:
-            self.progress.seconds = math.inf
 
     @property
     def logs(self) -> bool:
