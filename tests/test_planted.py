@@ -29,7 +29,7 @@ from hpcmp.layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from hpcmp.layers.linear import ColumnParallelLinear, RowParallelLinear
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.norm import LayerNorm
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.models import transformer
 from hpcmp.module import Module, Recompute
 from hpcmp.parallel.buckets import Bucket, Buckets
@@ -202,14 +202,14 @@ def row_bias_added_by_every_rank(patch: Patch) -> None:
 @planted("tp=2,sp=0", raises=RuntimeError)
 def shards_off_by_one(patch: Patch) -> None:
     """Every shard but the first begins, and ends, one row early."""
-    right = TensorParallel.sharded
+    right = ModelParallel.sharded
 
     def sharded(self: Any, *shape: int, axis: int, part: Any = None, **kwargs: Any) -> Any:
         part = part or self.tp.part(shape[axis])
         early = int(self.tp.rank > 0)
         return right(self, *shape, axis=axis, part=slice(part.start - early, part.stop - early), **kwargs)
 
-    patch.setattr(TensorParallel, "sharded", sharded)
+    patch.setattr(ModelParallel, "sharded", sharded)
 
 
 @planted("tp=2,sp=0", ffn=12)
@@ -680,25 +680,25 @@ def norm_counts_every_copy(patch: Patch) -> None:
 @planted("tp=2,sp=0", raises=RuntimeError)
 def copies_owned_by_every_rank(patch: Patch) -> None:
     """Every rank of tp says that it owns the norms and biases, which would be written once a rank, too."""
-    right = TensorParallel.replicated
+    right = ModelParallel.replicated
 
     def replicated(self: Any, *shape: int, **kwargs: Any) -> Any:
         made = right(self, *shape, **kwargs)
         made.owned = made.index
         return made
 
-    patch.setattr(TensorParallel, "replicated", replicated)
+    patch.setattr(ModelParallel, "replicated", replicated)
 
 
 @planted(check=assert_norms_and_biases_are_not_decayed)
 def weight_decay_on_norms_and_biases(patch: Patch) -> None:
     """What is whole on every rank is decayed like a matrix."""
-    right = TensorParallel.replicated
+    right = ModelParallel.replicated
 
     def replicated(self: Any, *shape: int, initial: Any = None, decay: bool = True) -> Any:
         return right(self, *shape, initial=initial)
 
-    patch.setattr(TensorParallel, "replicated", replicated)
+    patch.setattr(ModelParallel, "replicated", replicated)
 
 
 def by_verify(found: Planted) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from hpcmp.arrays import Array
 from hpcmp.comm.base import Solo
 from hpcmp.cursor import Cursor, Place
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Parameter, normal
 from hpcmp.testing import complete, draw, equals_serial, gradcheck, inner, prepare, share
 from hpcmp.wgrad import WGrad
@@ -33,8 +33,8 @@ def example() -> str:
 class Tanh(Module):
     """y = tanh(x w), x (..., f), with a gradient that can be made wrong."""
 
-    def __init__(self, parallel: TensorParallel | None = None, wrong: float = 0.0) -> None:
-        self.weight = (parallel or TensorParallel()).sharded(7, axis=0, initial=normal(1))
+    def __init__(self, parallel: ModelParallel | None = None, wrong: float = 0.0) -> None:
+        self.weight = (parallel or ModelParallel()).sharded(7, axis=0, initial=normal(1))
         self.wrong = wrong
 
     def forward(self, x: Array) -> tuple[Array, Any]:
@@ -96,7 +96,7 @@ def test_not_a_number_is_an_error() -> None:
     with pytest.raises(AssertionError), np.errstate(invalid="ignore"):
         gradcheck(Tanh(wrong=np.nan), X)
     with pytest.raises(AssertionError, match="input: nan"):
-        equals_serial(lambda p: Tanh(p, np.nan), TensorParallel(), X, cut_x=share(2), cut_y=share(2))
+        equals_serial(lambda p: Tanh(p, np.nan), ModelParallel(), X, cut_x=share(2), cut_y=share(2))
 
 
 def test_prepare_gives_a_general_point_by_global_index() -> None:
@@ -158,9 +158,9 @@ def test_equals_serial_sees_one_part_in_a_thousand_million(world: Any, wrong: fl
     with Mesh(world, tp=world.size) as mesh:
         cursor = Cursor()
         cursor.place = Place(length=5)
-        parallel = TensorParallel(mesh["tp"], cursor)
+        parallel = ModelParallel(mesh["tp"], cursor)
 
-        def build(p: TensorParallel) -> Module:
+        def build(p: ModelParallel) -> Module:
             return Tanh(p, wrong if p is parallel and p.tp.rank == p.tp.size // 2 else 0.0)
 
         if not wrong:
@@ -175,16 +175,16 @@ def test_equals_serial_refuses_other_parameters_and_shapes() -> None:
     serial: list[bool] = []
 
     class Other(Tanh):
-        def __init__(self, parallel: TensorParallel) -> None:
+        def __init__(self, parallel: ModelParallel) -> None:
             super().__init__(parallel)
             if not serial:
                 self.bias = Parameter((7,))
             serial.append(True)
 
     with pytest.raises(AssertionError, match="parameters .* and serial .*bias"):
-        equals_serial(Other, TensorParallel(), X, cut_x=share(2), cut_y=share(2))
+        equals_serial(Other, ModelParallel(), X, cut_x=share(2), cut_y=share(2))
     with pytest.raises(AssertionError, match=r"output has shape \[\(5, 2, 7\)\], not \[\(5, 1, 7\)\]"):
-        equals_serial(Tanh, TensorParallel(), X, cut_x=share(2), cut_y=lambda y, p: y[:, :1])
+        equals_serial(Tanh, ModelParallel(), X, cut_x=share(2), cut_y=lambda y, p: y[:, :1])
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -9,7 +9,7 @@ from ..arrays import Array, array_module
 from ..cursor import Cursor, Place
 from ..module import Module
 from ..wgrad import WGrad
-from .parallel import TensorParallel
+from .parallel import ModelParallel
 
 
 class Dropout(Module):
@@ -19,7 +19,7 @@ class Dropout(Module):
     word(key(seed, name, step), t, i, c) says so (see ``hpcmp.random``). A rate of 0, and evaluation, keep everything.
     """
 
-    def __init__(self, parallel: TensorParallel, rate: float, name: str) -> None:
+    def __init__(self, parallel: ModelParallel, rate: float, name: str) -> None:
         self.parallel, self.rate, self.name = parallel, rate, name
 
     def forward(self, x: Array) -> tuple[Array, Array | None]:

@@ -8,7 +8,7 @@ from .. import kernels
 from ..arrays import Array
 from ..module import Initial, Module, Parameter
 from ..wgrad import WGrad
-from .parallel import TensorParallel
+from .parallel import ModelParallel
 
 
 class VocabularyParallelEmbedding(Module):
@@ -18,7 +18,7 @@ class VocabularyParallelEmbedding(Module):
     sums (exactly: every sum has one term that is not zero). Tokens get no gradient.
     """
 
-    def __init__(self, parallel: TensorParallel, table: Parameter) -> None:
+    def __init__(self, parallel: ModelParallel, table: Parameter) -> None:
         self.leave = parallel.leave
         self.table = table
         self.first = table.index[0].start
@@ -37,7 +37,7 @@ class VocabularyParallelEmbedding(Module):
 class LearnedPositions(Module):
     """y = x + P[position]. P (sequence, h) is whole on every rank; x (s, batch, h) may be a shard of the sequence."""
 
-    def __init__(self, parallel: TensorParallel, sequence: int, hidden: int, initial: Initial | None = None) -> None:
+    def __init__(self, parallel: ModelParallel, sequence: int, hidden: int, initial: Initial | None = None) -> None:
         self.parallel = parallel
         self.weight = parallel.replicated(sequence, hidden, initial=initial)
 

@@ -10,7 +10,7 @@ from .. import kernels
 from ..arrays import Array
 from ..module import Initial, Module, Parameter, constant
 from ..wgrad import WGrad
-from .parallel import TensorParallel
+from .parallel import ModelParallel
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Output:
 class ColumnParallelLinear(Module):
     """``Sequential(enter, Linear)``, overlapped: Y = X W + b, each rank making its columns of Y.
 
-    x (s, batch, h): a shard of the sequence, or the whole (see ``TensorParallel``). Several outputs share one entry:
+    x (s, batch, h): a shard of the sequence, or the whole (see ``ModelParallel``). Several outputs share one entry:
     the result is then a tuple, one array (S, batch, *shape) per output. Weights are (h, *shape), biases (*shape,).
     The backward re-enters x (keeping only the shard), starts the exit of dX, and computes dW under it.
     """
 
     def __init__(
         self,
-        parallel: TensorParallel,
+        parallel: ModelParallel,
         features: int,
         outputs: dict[str, Output],
         *,
@@ -99,7 +99,7 @@ class RowParallelLinear(Module):
 
     def __init__(
         self,
-        parallel: TensorParallel,
+        parallel: ModelParallel,
         shape: tuple[int, ...],
         features: int,
         *,
@@ -137,7 +137,7 @@ class ParallelHead(Module):
     x (s, batch, h) -> logits (S, batch, v), v this rank's rows. E may be the embedding's own table (tied weights).
     """
 
-    def __init__(self, parallel: TensorParallel, table: Parameter) -> None:
+    def __init__(self, parallel: ModelParallel, table: Parameter) -> None:
         self.enter = parallel.enter
         self.table = table
 

@@ -9,7 +9,7 @@ from ..arrays import Array, array_module
 from ..comm.base import Communicator
 from ..module import Module
 from ..wgrad import WGrad
-from .parallel import TensorParallel
+from .parallel import ModelParallel
 
 
 class VocabularyParallelCrossEntropy(Module):
@@ -21,7 +21,7 @@ class VocabularyParallelCrossEntropy(Module):
     the maximum, then the sums. Shoeybi et al., "Megatron-LM", 2019, section 3.
     """
 
-    def __init__(self, parallel: TensorParallel, vocabulary: int) -> None:
+    def __init__(self, parallel: ModelParallel, vocabulary: int) -> None:
         self.tp: Communicator = parallel.tp
         self.first = self.tp.part(vocabulary).start
 

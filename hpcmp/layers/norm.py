@@ -8,7 +8,7 @@ from .. import kernels
 from ..arrays import Array
 from ..module import Module, constant
 from ..wgrad import WGrad
-from .parallel import TensorParallel
+from .parallel import ModelParallel
 
 
 class LayerNorm(Module):
@@ -17,7 +17,7 @@ class LayerNorm(Module):
     x and y (..., hidden). w and b are whole on every rank, without weight decay.
     """
 
-    def __init__(self, parallel: TensorParallel, hidden: int, epsilon: float = 1e-5) -> None:
+    def __init__(self, parallel: ModelParallel, hidden: int, epsilon: float = 1e-5) -> None:
         self.epsilon = epsilon
         self.weight = parallel.replicated(hidden, initial=constant(1), decay=False)
         self.bias = parallel.replicated(hidden, initial=constant(0), decay=False)
@@ -44,7 +44,7 @@ class RMSNorm(Module):
     x and y (..., hidden). w is whole on every rank, without weight decay.
     """
 
-    def __init__(self, parallel: TensorParallel, hidden: int, epsilon: float = 1e-5) -> None:
+    def __init__(self, parallel: ModelParallel, hidden: int, epsilon: float = 1e-5) -> None:
         self.epsilon = epsilon
         self.weight = parallel.replicated(hidden, initial=constant(1), decay=False)
 

@@ -1,4 +1,4 @@
-"""How layers lie over the tensor-parallel group: the one object that every layer of a model is built with."""
+"""How layers lie over the ranks of one model replica: the one object that every layer of a model is built with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..cursor import Cursor
 from ..module import Index, Initial, Parameter
 
 
-class TensorParallel:
+class ModelParallel:
     """The group ``tp``, the cursor, and whether activations between layers are sharded over the sequence.
 
     enter leads from the activations between layers into a column-parallel layer, leave from a row-parallel layer back:
@@ -16,7 +16,7 @@ class TensorParallel:
         sequence parallel:  enter = AllGather over the sequence,  leave = ReduceScatter
         otherwise:          enter = Copy,                         leave = AllReduce
 
-    Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., 2022, section 4.2.2. ``TensorParallel()`` is the
+    Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., 2022, section 4.2.2. ``ModelParallel()`` is the
     serial case, in which every collective is the identity.
     """
 

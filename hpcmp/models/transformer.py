@@ -15,7 +15,7 @@ from ..layers.dropout import Dropout
 from ..layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
 from ..layers.norm import LayerNorm, RMSNorm
-from ..layers.parallel import TensorParallel
+from ..layers.parallel import ModelParallel
 from ..module import Module, Parameter, Recompute, Residual, Sequential, normal
 
 
@@ -82,7 +82,7 @@ class Stage:
 
 
 def build(
-    a: Architecture, parallel: TensorParallel | None = None, stage: Stage | None = None, *, recompute: bool = False
+    a: Architecture, parallel: ModelParallel | None = None, stage: Stage | None = None, *, recompute: bool = False
 ) -> Sequential:
     """One stage of the model: tokens (first stage) or activations in, activations or logits (last stage) out.
 
@@ -90,7 +90,7 @@ def build(
     are shared by the stages as evenly as can be, the first ones having one more. Parameters have the same names, shapes
     and initial values on every layout; they have no arrays yet (see ``Module.initialise``).
     """
-    parallel, stage = parallel or TensorParallel(), stage or Stage()
+    parallel, stage = parallel or ModelParallel(), stage or Stage()
     layers: dict[str, Module] = {}
     table = _table(a, parallel, stage, "embedding/table")
     if stage.first:
@@ -108,7 +108,7 @@ def build(
     return Sequential(**layers)
 
 
-def block(a: Architecture, parallel: TensorParallel, name: str) -> Sequential:
+def block(a: Architecture, parallel: ModelParallel, name: str) -> Sequential:
     """One transformer block, (s, batch, hidden) -> (s, batch, hidden). ``name`` keys its dropout masks."""
     heads = Heads(a.heads, a.kv_heads, parallel.tp.size, parallel.tp.rank)
     outputs = {
@@ -138,12 +138,12 @@ def block(a: Architecture, parallel: TensorParallel, name: str) -> Sequential:
     return Sequential(attention=Residual(**attention), mlp=Residual(**mlp))
 
 
-def _norm(a: Architecture, parallel: TensorParallel) -> Module:
+def _norm(a: Architecture, parallel: ModelParallel) -> Module:
     kind = RMSNorm if a.style == "llama" else LayerNorm
     return kind(parallel, a.hidden, a.norm_epsilon)
 
 
-def _table(a: Architecture, parallel: TensorParallel, stage: Stage, name: str) -> Parameter:
+def _table(a: Architecture, parallel: ModelParallel, stage: Stage, name: str) -> Parameter:
     """A (vocabulary, hidden) table. Tied weights live on both ends of the pipeline: the first stage owns them, and the
     gradients of the two copies owe each other a sum."""
     table = parallel.sharded(a.vocabulary, a.hidden, axis=0, initial=normal(a.init_std), name=name)

@@ -10,16 +10,16 @@ import numpy as np
 from .. import wgrad
 from ..arrays import array_module, to_host
 from ..comm.base import Communicator
-from ..layers.parallel import TensorParallel
+from ..layers.parallel import ModelParallel
 from ..module import Module, Parameter
 from .group import Group, check, complete, draw, leaves, pack, prepare, shapes
 
-Cut = Callable[[Any, TensorParallel], Any]
+Cut = Callable[[Any, ModelParallel], Any]
 
 
 def equals_serial(
-    build: Callable[[TensorParallel], Module],
-    parallel: TensorParallel,
+    build: Callable[[ModelParallel], Module],
+    parallel: ModelParallel,
     x: Any,
     *,
     cut_x: Cut | None = None,
@@ -27,7 +27,7 @@ def equals_serial(
     seed: int = 0,
     tolerance: float = 1e-12,
 ) -> dict[str, float]:
-    """``build(parallel)`` computes what ``build(TensorParallel())`` does: output, dx and every parameter's gradient.
+    """``build(parallel)`` computes what ``build(ModelParallel())`` does: output, dx and every parameter's gradient.
 
     x: the whole input, the same on every rank, an array or a tuple of arrays. cut_x and cut_y: what this rank holds of
     an array that lies as the input, or as the output, does: ``activations`` by default, else ``whole``, ``share(axis)``
@@ -41,7 +41,7 @@ def equals_serial(
     """
     cut_x, cut_y = cut_x or activations, cut_y or activations
     group = Group(parallel.tp, array_module(leaves(x)[0]))
-    serial, sharded = build(TensorParallel(cursor=parallel.cursor)), build(parallel)
+    serial, sharded = build(ModelParallel(cursor=parallel.cursor)), build(parallel)
     name = f"{type(serial).__name__} on {parallel.tp.size} ranks"
     wholes = {p.name: p for p in prepare(serial, seed, group.xp)}
     shards = {p.name: p for p in prepare(sharded, seed, group.xp)}
@@ -87,12 +87,12 @@ def assert_owned_once(parameters: list[Parameter], comm: Communicator) -> None:
         raise AssertionError(f"not owned exactly once: {'; '.join(wrong)}")
 
 
-def activations(x: Any, parallel: TensorParallel) -> Any:
+def activations(x: Any, parallel: ModelParallel) -> Any:
     """What a rank holds of an activation between layers: its positions, the first axis, under sequence parallelism."""
     return tuple(leaf[parallel.positions()] for leaf in x) if isinstance(x, tuple) else x[parallel.positions()]
 
 
-def whole(x: Any, parallel: TensorParallel) -> Any:
+def whole(x: Any, parallel: ModelParallel) -> Any:
     """What a rank holds of an array that all ranks hold: all of it."""
     return x
 
@@ -100,7 +100,7 @@ def whole(x: Any, parallel: TensorParallel) -> Any:
 def share(axis: int) -> Cut:
     """What a rank holds of an array of which ``axis`` is sharded evenly."""
 
-    def cut(x: Any, parallel: TensorParallel) -> Any:
+    def cut(x: Any, parallel: ModelParallel) -> Any:
         index = [slice(None)] * x.ndim
         index[axis] = parallel.tp.part(x.shape[axis])
         return x[tuple(index)]

@@ -13,7 +13,7 @@ from ..arrays import module_for, to_host
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..layers.loss import VocabularyParallelCrossEntropy
-from ..layers.parallel import TensorParallel
+from ..layers.parallel import ModelParallel
 from ..models.transformer import Architecture, Stage, build
 from ..optim.adamw import AdamW
 from ..optim.rate import warmup_cosine
@@ -50,7 +50,7 @@ class Engine:
         self.architecture = architecture(config)
         self.xp = module_for(train.device)
         self.cursor = Cursor(train.seed)
-        self.parallel = TensorParallel(mesh["tp"], self.cursor, sequence=bool(layout.sequence_parallel))
+        self.parallel = ModelParallel(mesh["tp"], self.cursor, sequence=bool(layout.sequence_parallel))
         pp = mesh["pp"]
         self.stage = build(self.architecture, self.parallel, Stage(pp.rank, pp.size), recompute=layout.recompute)
         self.buckets = Buckets(self.stage, mesh, size=layout.bucket_mb * 2**20, dtype=train.dtype, xp=self.xp)

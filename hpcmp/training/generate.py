@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint, Slab, open_checkpoint
 from ..cursor import Cursor, Place
 from ..data.tokenizer import Tokenizer, tokenizer_from
 from ..errors import CheckpointError
-from ..layers.parallel import TensorParallel
+from ..layers.parallel import ModelParallel
 from ..models.transformer import build
 from .engine import architecture, make_mesh
 from .state import config_of
@@ -48,7 +48,7 @@ class Generator:
         config = config_of(self.checkpoint)
         self.architecture, self.xp = architecture(config), module_for(device)
         self.cursor = Cursor()
-        self.model = build(self.architecture, TensorParallel(self.mesh["tp"], self.cursor))
+        self.model = build(self.architecture, ModelParallel(self.mesh["tp"], self.cursor))
         parameters = self.model.initialise(0, config.train.dtype, self.xp)
         self.checkpoint.load([Slab(f"model/{p.name}", p.shape, p.index, p.data) for p in parameters])
         self.tokenizer = _tokenizer(self.checkpoint)

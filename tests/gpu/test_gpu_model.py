@@ -16,7 +16,7 @@ from hpcmp.arrays import array_module, to_host
 from hpcmp.comm.device import select_device
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.models.transformer import Architecture, block, build
 from hpcmp.testing import gradcheck
 from hpcmp.training.verify import source_of
@@ -32,7 +32,7 @@ LLAMA = dataclasses.replace(GPT, style="llama", tied=False, bias=False, dropout=
 def gradients(a: Architecture, xp: ModuleType, dtype: Any, recompute: bool = False) -> dict[str, np.ndarray]:
     """The loss of one microbatch, and the gradient of every parameter, computed with ``xp``."""
     length, batch = 13, 3
-    parallel = TensorParallel(cursor=Cursor(seed=5))
+    parallel = ModelParallel(cursor=Cursor(seed=5))
     parallel.cursor.place = Place(2, np.array([4, 0, 9]), length)
     model = build(a, parallel, recompute=recompute)
     parameters = model.initialise(1, dtype, xp)
@@ -89,7 +89,7 @@ def test_the_optimizer_steps_as_numpy(style: str) -> None:
 def test_gradients_are_central_differences() -> None:
     import cupy
 
-    parallel = TensorParallel(cursor=Cursor(seed=5))
+    parallel = ModelParallel(cursor=Cursor(seed=5))
     parallel.cursor.place = Place(2, np.array([4, 0]), 5)
     x = cupy.asarray(np.random.default_rng(0).standard_normal((5, 2, GPT.hidden)))
     gradcheck(block(GPT, parallel, "block"), x)

@@ -11,18 +11,18 @@ import numpy as np
 from hpcmp.arrays import Array
 from hpcmp.comm.base import Communicator
 from hpcmp.cursor import Cursor, Place
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module
 from hpcmp.testing import activations, equals_serial, gradcheck
 
 BATCH = 2
 
 
-def place(length: int, tp: Communicator | None = None, *, sequence: bool = False, **changes: Any) -> TensorParallel:
+def place(length: int, tp: Communicator | None = None, *, sequence: bool = False, **changes: Any) -> ModelParallel:
     """A group, and a cursor at a step and samples that are not the first."""
     cursor = Cursor(seed=11)
     cursor.place = replace(Place(3, np.array([7, 4]), length), **changes)
-    return TensorParallel(tp, cursor, sequence=sequence)
+    return ModelParallel(tp, cursor, sequence=sequence)
 
 
 def draw(*shape: int) -> Array:
@@ -37,11 +37,11 @@ class Case:
     else V or I. x: makes the whole input from S where it is not simply real numbers.
     """
 
-    build: Callable[[TensorParallel], Module]
+    build: Callable[[ModelParallel], Module]
     shape: tuple[int, ...] = (6,)
     layout: str = "AA"
-    cut_x: Callable[[Any, TensorParallel], Any] = activations
-    cut_y: Callable[[Any, TensorParallel], Any] = activations
+    cut_x: Callable[[Any, ModelParallel], Any] = activations
+    cut_y: Callable[[Any, ModelParallel], Any] = activations
     x: Callable[[int], Any] | None = None
 
     def input(self, length: int) -> Any:
@@ -52,12 +52,12 @@ class Case:
         """Backward against central differences on one rank."""
         gradcheck(self.build(place(length)), self.input(length))
 
-    def check_equal(self, parallel: TensorParallel) -> dict[str, float]:
+    def check_equal(self, parallel: ModelParallel) -> dict[str, float]:
         """The layout of ``parallel`` against one rank."""
         x = self.input(parallel.cursor.place.length)
         return equals_serial(self.build, parallel, x, cut_x=self.cut_x, cut_y=self.cut_y)
 
-    def check_gradients(self, parallel: TensorParallel) -> None:
+    def check_gradients(self, parallel: ModelParallel) -> None:
         """Backward against central differences, on several ranks."""
         between = "V" if parallel.sequence else "I"
         x = self.cut_x(self.input(parallel.cursor.place.length), parallel)

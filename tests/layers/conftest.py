@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hpcmp.comm.base import Communicator
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 
 from .common import place
 
@@ -24,7 +24,7 @@ def tp() -> Iterator[Communicator]:
 
 
 @pytest.fixture(params=[(5, False), (13, True), (2, True)], ids=lambda p: f"S{p[0]}{'-sequence' * p[1]}")
-def parallel(request: pytest.FixtureRequest, tp: Communicator) -> TensorParallel:
+def parallel(request: pytest.FixtureRequest, tp: Communicator) -> ModelParallel:
     """Whole activations, then sequence shards: uneven ones, and fewer positions than ranks."""
     length, sequence = request.param
     return place(length, tp, sequence=sequence)

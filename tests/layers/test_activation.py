@@ -7,7 +7,7 @@ import pytest
 from hpcmp.layers.activation import GELU, SwiGLU
 from hpcmp.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from hpcmp.layers.norm import LayerNorm, RMSNorm
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Recompute, Residual, normal
 
 from .common import Case
@@ -15,7 +15,7 @@ from .common import Case
 STD = normal(0.3)
 
 
-def gelu_mlp(p: TensorParallel, f: int) -> Module:
+def gelu_mlp(p: ModelParallel, f: int) -> Module:
     return Residual(
         LayerNorm(p, 6),
         ColumnParallelLinear(p, 6, {"weight": Output((f,))}, bias=True, initial=STD),
@@ -24,7 +24,7 @@ def gelu_mlp(p: TensorParallel, f: int) -> Module:
     )
 
 
-def swiglu_mlp(p: TensorParallel, f: int) -> Module:
+def swiglu_mlp(p: ModelParallel, f: int) -> Module:
     return Residual(
         RMSNorm(p, 6),
         ColumnParallelLinear(p, 6, {"weight": Output((2, f), axis=1)}, initial=STD),
@@ -52,10 +52,10 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
-def test_gradients_on_ranks(parallel: TensorParallel) -> None:
+def test_gradients_on_ranks(parallel: ModelParallel) -> None:
     CASES["swiglu mlp of fewer than the ranks, recomputed"].check_gradients(parallel)

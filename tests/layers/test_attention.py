@@ -13,7 +13,7 @@ from hpcmp.arrays import Array
 from hpcmp.layers.attention import CausalAttention, Heads, Rope
 from hpcmp.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from hpcmp.layers.norm import RMSNorm
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Recompute, Residual, Sequential, normal
 
 from .common import BATCH, Case, draw, place
@@ -80,7 +80,7 @@ def test_blocks_pair_every_query_head_with_the_one_it_reads() -> None:
 # --- the layer in every layout -----------------------------------------------------------------------------------
 
 
-def attention(p: TensorParallel, heads: int, kv: int, *, dropout: float = 0.0, rope: bool = False) -> Module:
+def attention(p: ModelParallel, heads: int, kv: int, *, dropout: float = 0.0, rope: bool = False) -> Module:
     """As a model has it: norm, queries, keys and values, attention over this rank's heads, and back."""
     h = Heads(heads, kv, p.tp.size, p.tp.rank)
     outputs = {
@@ -119,12 +119,12 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
-def test_gradients_on_ranks(parallel: TensorParallel) -> None:
+def test_gradients_on_ranks(parallel: ModelParallel) -> None:
     CASES["6 heads of 3, rotary, dropout"].check_gradients(parallel)
 
 

@@ -12,13 +12,13 @@ from hpcmp import random, wgrad
 from hpcmp.arrays import Array
 from hpcmp.layers.dropout import Dropout
 from hpcmp.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Recompute, Residual, normal
 
 from .common import BATCH, Case, draw, place
 
 
-def block(p: TensorParallel) -> Module:
+def block(p: ModelParallel) -> Module:
     return Residual(
         ColumnParallelLinear(p, 6, {"weight": Output((7,))}, initial=normal(0.3)),
         RowParallelLinear(p, (7,), 6, bias=True, initial=normal(0.3)),
@@ -43,12 +43,12 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
-def test_the_mask_is_the_serial_one(parallel: TensorParallel) -> None:
+def test_the_mask_is_the_serial_one(parallel: ModelParallel) -> None:
     length = parallel.cursor.place.length
     ones = np.ones((length, BATCH, 6))
     whole = Dropout(place(length), 0.4, "d").forward(ones)[0]
@@ -57,7 +57,7 @@ def test_the_mask_is_the_serial_one(parallel: TensorParallel) -> None:
     )
 
 
-def dropped(p: TensorParallel, length: int = 13, name: str = "d") -> Array:
+def dropped(p: ModelParallel, length: int = 13, name: str = "d") -> Array:
     return Dropout(p, 0.4, name).forward(np.ones((length, BATCH, 6)))[0]
 
 

@@ -10,7 +10,7 @@ from hpcmp.arrays import Array
 from hpcmp.layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from hpcmp.layers.linear import ParallelHead
 from hpcmp.layers.norm import RMSNorm
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Parameter, Sequential, normal
 from hpcmp.testing import share, whole
 
@@ -22,7 +22,7 @@ def tokens(vocabulary: int, length: int) -> Array:
     return np.random.default_rng(vocabulary).integers(0, vocabulary, (length, BATCH))
 
 
-def table(p: TensorParallel, vocabulary: int) -> Parameter:
+def table(p: ModelParallel, vocabulary: int) -> Parameter:
     return p.sharded(vocabulary, 6, axis=0, initial=normal(0.3), name="table")
 
 
@@ -35,7 +35,7 @@ def embedding(vocabulary: int) -> Case:
     )
 
 
-def tied(p: TensorParallel) -> Module:
+def tied(p: ModelParallel) -> Module:
     """One table at both ends, as models have it; a norm between them whose gradient owes a sum."""
     shared = table(p, 11)
     return Sequential(VocabularyParallelEmbedding(p, shared), RMSNorm(p, 6), ParallelHead(p, shared))
@@ -59,18 +59,18 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["embedding of fewer than the ranks", "tied"])
-def test_gradients_on_ranks(parallel: TensorParallel, name: str) -> None:
+def test_gradients_on_ranks(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_gradients(parallel)
 
 
 @pytest.mark.mpi
-def test_an_embedding_is_its_row_to_the_last_bit(parallel: TensorParallel) -> None:
+def test_an_embedding_is_its_row_to_the_last_bit(parallel: ModelParallel) -> None:
     """The sum over ranks has one term that is not zero."""
     module = VocabularyParallelEmbedding(parallel, table(parallel, 11))
     serial = VocabularyParallelEmbedding(place(5), table(place(5), 11))

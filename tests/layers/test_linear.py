@@ -11,7 +11,7 @@ from hpcmp import wgrad
 from hpcmp.arrays import Array
 from hpcmp.layers.attention import Heads
 from hpcmp.layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Sequential, normal
 from hpcmp.testing import share
 from hpcmp.wgrad import WGrad
@@ -24,7 +24,7 @@ STD = normal(0.3)
 def column(*shape: int, axis: int = 0, bias: bool = False) -> Case:
     """An output of (S, batch, *shape) with ``axis`` sharded."""
 
-    def build(p: TensorParallel) -> Module:
+    def build(p: ModelParallel) -> Module:
         return ColumnParallelLinear(p, 6, {"weight": Output(shape, axis)}, bias=bias, initial=STD)
 
     return Case(build, layout="AV", cut_y=share(2 + axis))
@@ -33,13 +33,13 @@ def column(*shape: int, axis: int = 0, bias: bool = False) -> Case:
 def row(*shape: int, axis: int = 0, bias: bool = False) -> Case:
     """An input of (S, batch, *shape) with ``axis`` sharded."""
 
-    def build(p: TensorParallel) -> Module:
+    def build(p: ModelParallel) -> Module:
         return RowParallelLinear(p, shape, 6, axis=axis, bias=bias, initial=STD)
 
     return Case(build, shape, "VA", cut_x=share(2 + axis))
 
 
-def queries_and_keys(p: TensorParallel, heads: int = 6, kv: int = 3) -> ColumnParallelLinear:
+def queries_and_keys(p: ModelParallel, heads: int = 6, kv: int = 3) -> ColumnParallelLinear:
     """Two outputs of one entry, of which the second overlaps between ranks."""
     h = Heads(heads, kv, p.tp.size, p.tp.rank)
     outputs = {
@@ -50,7 +50,7 @@ def queries_and_keys(p: TensorParallel, heads: int = 6, kv: int = 3) -> ColumnPa
 
 
 def head(vocabulary: int) -> Case:
-    def build(p: TensorParallel) -> Module:
+    def build(p: ModelParallel) -> Module:
         return ParallelHead(p, p.sharded(vocabulary, 6, axis=0, initial=STD))
 
     return Case(build, layout="AV", cut_y=share(2))
@@ -80,19 +80,19 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["gate and up", "row with bias", "head of fewer than the ranks"])
-def test_gradients_on_ranks(parallel: TensorParallel, name: str) -> None:
+def test_gradients_on_ranks(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_gradients(parallel)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kv", [3, 1])
-def test_gradients_where_shards_overlap(parallel: TensorParallel, kv: int) -> None:
+def test_gradients_where_shards_overlap(parallel: ModelParallel, kv: int) -> None:
     Case(lambda p: queries_and_keys(p, kv=kv), layout="AV").check_gradients(parallel)
 
 
@@ -124,7 +124,7 @@ def close(a: Any, b: Any) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("queued", [False, True])
-def test_column_is_its_definition(parallel: TensorParallel, queued: bool) -> None:
+def test_column_is_its_definition(parallel: ModelParallel, queued: bool) -> None:
     """Sequential(enter, Linear) on this rank's columns of each output, although dY differs on every rank."""
     module, queue = queries_and_keys(parallel), wgrad.Queue()
     parameters = {p.name: p for p in module.initialise(0, np.float64)}
@@ -148,7 +148,7 @@ def test_column_is_its_definition(parallel: TensorParallel, queued: bool) -> Non
 
 
 @pytest.mark.mpi
-def test_row_is_its_definition(parallel: TensorParallel) -> None:
+def test_row_is_its_definition(parallel: ModelParallel) -> None:
     """Sequential(Linear, leave) on this rank's rows, and the bias once."""
     module, rank = RowParallelLinear(parallel, (7,), 6, bias=True, initial=STD), parallel.tp.rank
     weight, bias = module.initialise(0, np.float64)

@@ -11,7 +11,7 @@ from hpcmp import wgrad
 from hpcmp.arrays import Array
 from hpcmp.comm.base import Communicator
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.testing import share, whole
 
 from .common import BATCH, Case, draw, place
@@ -22,7 +22,7 @@ def inputs(vocabulary: int, length: int) -> tuple[Array, Array]:
     return 3 * draw(length, BATCH, vocabulary), np.random.default_rng(1).integers(-1, vocabulary, (length, BATCH))
 
 
-def cut(x: Any, parallel: TensorParallel) -> Any:
+def cut(x: Any, parallel: ModelParallel) -> Any:
     """This rank's share of the logits, and of their gradient; whole targets."""
     return (share(2)(x[0], parallel), x[1])
 
@@ -48,13 +48,13 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["7", "fewer than the ranks"])
-def test_gradients_on_ranks(parallel: TensorParallel, name: str) -> None:
+def test_gradients_on_ranks(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_gradients(parallel)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hpcmp.layers.norm import LayerNorm, RMSNorm
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 
 from .common import Case, draw, place
 
@@ -22,7 +22,7 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(parallel: TensorParallel, name: str) -> None:
+def test_layouts(parallel: ModelParallel, name: str) -> None:
     CASES[name].check_equal(parallel)
     CASES[name].check_gradients(parallel)
 

@@ -1,4 +1,4 @@
-"""TensorParallel: how activations and parameters lie over the group."""
+"""ModelParallel: how activations and parameters lie over the group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from hpcmp.collectives import AllGather, AllReduce, Copy, ReduceScatter
 from hpcmp.comm.base import Communicator
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module
 from hpcmp.testing import assert_adjoint, assert_owned_once
 
@@ -15,7 +15,7 @@ from .common import place
 
 
 @pytest.mark.mpi
-def test_enter_and_leave(parallel: TensorParallel) -> None:
+def test_enter_and_leave(parallel: ModelParallel) -> None:
     kinds = (AllGather, ReduceScatter) if parallel.sequence else (Copy, AllReduce)
     assert (type(parallel.enter), type(parallel.leave)) == kinds
     length, here = parallel.cursor.place.length, parallel.positions()
@@ -27,7 +27,7 @@ def test_enter_and_leave(parallel: TensorParallel) -> None:
 
 
 @pytest.mark.mpi
-def test_positions_tile_the_sequence(parallel: TensorParallel) -> None:
+def test_positions_tile_the_sequence(parallel: ModelParallel) -> None:
     here, length = parallel.positions(), parallel.cursor.place.length
     starts = parallel.tp.all_gather(np.array([here.start, here.stop])).wait().reshape(-1, 2)
     if parallel.sequence:
@@ -40,7 +40,7 @@ def test_positions_tile_the_sequence(parallel: TensorParallel) -> None:
 
 
 @pytest.mark.mpi
-def test_parameters_are_owned_once(parallel: TensorParallel) -> None:
+def test_parameters_are_owned_once(parallel: ModelParallel) -> None:
     parameters = [
         parallel.replicated(4, 3),
         parallel.sharded(7, 2, axis=0),
@@ -69,7 +69,7 @@ def test_owned_twice_or_never_is_found(tp: Communicator) -> None:
 
 
 def test_without_a_group_it_is_the_serial_case() -> None:
-    parallel = TensorParallel()
+    parallel = ModelParallel()
     assert (parallel.tp.size, parallel.tp.rank, parallel.sequence) == (1, 0, False)
     x = np.ones((3, 2))
     assert parallel.enter(x) is x and parallel.leave(x) is x

@@ -19,7 +19,7 @@ from hpcmp.layers.attention import Heads, Rope
 from hpcmp.layers.dropout import Dropout
 from hpcmp.layers.embedding import VocabularyParallelEmbedding
 from hpcmp.layers.linear import RowParallelLinear
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Parameter, Recompute, Residual, Sequential
 
 from . import test_activation, test_attention, test_dropout, test_embedding, test_linear, test_loss, test_norm
@@ -145,14 +145,14 @@ def overlap_not_told(patch: pytest.MonkeyPatch) -> None:
 
 def no_sum_over_tp(patch: pytest.MonkeyPatch) -> None:
     """The classic: norms under sequence parallelism, each with the gradient of its own positions."""
-    right = TensorParallel.replicated
+    right = ModelParallel.replicated
 
-    def replicated(self: TensorParallel, *shape: int, **settings: Any) -> Parameter:
+    def replicated(self: ModelParallel, *shape: int, **settings: Any) -> Parameter:
         p = right(self, *shape, **settings)
         p.shared = ()
         return p
 
-    patch.setattr(TensorParallel, "replicated", replicated)
+    patch.setattr(ModelParallel, "replicated", replicated)
 
 
 def bias_before_the_sum(patch: pytest.MonkeyPatch) -> None:

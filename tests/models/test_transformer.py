@@ -15,7 +15,7 @@ from hpcmp.arrays import Array
 from hpcmp.comm.base import Communicator, Solo
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
-from hpcmp.layers.parallel import TensorParallel
+from hpcmp.layers.parallel import ModelParallel
 from hpcmp.models.transformer import Architecture, Stage, build
 from hpcmp.module import Module, Parameter, Sequential
 from hpcmp.testing import equals_serial, gradcheck, share, whole
@@ -39,10 +39,10 @@ class Member(Solo):
         self.rank, self.size = rank, size
 
 
-def place(length: int, tp: Communicator | None = None, *, sequence: bool = False) -> TensorParallel:
+def place(length: int, tp: Communicator | None = None, *, sequence: bool = False) -> ModelParallel:
     cursor = Cursor(seed=5)
     cursor.place = Place(3, np.array([7, 4]), length)
-    return TensorParallel(tp, cursor, sequence=sequence)
+    return ModelParallel(tp, cursor, sequence=sequence)
 
 
 def tokens(a: Architecture, length: int, low: int = 0) -> Array:
@@ -52,7 +52,7 @@ def tokens(a: Architecture, length: int, low: int = 0) -> Array:
 class WithLoss(Module):
     """(tokens, targets) -> the loss."""
 
-    def __init__(self, a: Architecture, p: TensorParallel, *, recompute: bool = False) -> None:
+    def __init__(self, a: Architecture, p: ModelParallel, *, recompute: bool = False) -> None:
         self.model, self.loss = build(a, p, recompute=recompute), VocabularyParallelCrossEntropy(p, a.vocabulary)
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
