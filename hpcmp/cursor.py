@@ -13,13 +13,16 @@ class Place:
     """One microbatch's place in the run.
 
     step: the optimizer step; samples: the index of each sample within the global batch, shape (batch,);
-    length: the whole sequence's length, however it is sharded; training: whether dropout applies.
+    length: the whole sequence's length, however it is sharded; training: whether dropout applies; weight: what the
+    loss of one token weighs in the gradient (1 / tokens of the global batch, times the loss scale), for layers that
+    have a loss of their own.
     """
 
     step: int = 0
     samples: NDArray[np.int64] | None = None
     length: int = 0
     training: bool = True
+    weight: float = 1.0
 
 
 class Cursor:
@@ -27,12 +30,12 @@ class Cursor:
 
     Layers that need more than their input's numbers share the model's one cursor: dropout draws by sample and
     position, sequence-parallel collectives need the whole sequence's length. Everything else never sees it.
+
+    ``losses`` gathers, by name, the sums over tokens of the losses that layers have of their own (a router's): each is
+    added in the backward, once for each microbatch, on one of the ranks that hold the same value.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self.place = Place()
-
-    def length(self) -> int:
-        """The whole sequence's length (a method, so that a collective can ask for it when it runs)."""
-        return self.place.length
+        self.losses: dict[str, float] = {}

@@ -23,6 +23,9 @@ from . import random
 from .arrays import Array
 from .wgrad import WGrad
 
+#: The mesh axes over which most parameters are copied (those of ``comm.mesh.DATA``).
+DATA = ("dp", "cp", "tp_z")
+
 Index = tuple[slice, ...]
 Initial = Callable[["Parameter", int, ModuleType], Array]
 
@@ -33,9 +36,12 @@ class Parameter:
     name: stable whatever the layout (``blocks/7/mlp/up/weight``). shape: of the whole. index: the hyperslab of the
     whole that this rank holds. owned: the part of ``index`` (in the whole's coordinates) that this rank counts in norms
     and writes to checkpoints; over the ranks of one model replica the owned parts tile the whole exactly once.
-    shared: the mesh axes, besides data parallelism, over which ``grad`` still owes a sum: shards that overlap or are
-    copies each hold only a part of the gradient. overlaps: that sum is over shards that overlap without being equal.
-    decay: whether weight decay applies. uses: how many modules of this rank add to ``grad``.
+    replicas: the mesh axes over which the whole shard is copied, each rank seeing other data: ``grad`` owes a sum over
+    them, and ZeRO shards it over them. shared: the further axes over which ``grad`` owes a sum: shards that overlap or
+    are copies each hold only a part of it. overlaps: that sum is over shards that overlap without being equal.
+    decay: whether weight decay applies. matrix: (stack, rows): the leading axes that count independent matrices, and
+    the axes after them that make a matrix's rows; None for what is no matrix of a hidden layer. uses: how many modules
+    of this rank add to ``grad``.
     """
 
     def __init__(
@@ -46,15 +52,18 @@ class Parameter:
         owned: Index | None = None,
         initial: Initial | None = None,
         decay: bool = True,
+        replicas: tuple[str, ...] = DATA,
         shared: tuple[str, ...] = (),
         overlaps: bool = False,
+        matrix: tuple[int, int] | None = None,
         name: str = "",
     ) -> None:
         self.shape = tuple(shape)
         self.index: Index = index if index is not None else tuple(slice(0, n) for n in shape)
         self.owned: Index = owned if owned is not None else self.index
         self.initial = initial or normal(0.02)
-        self.decay, self.shared, self.overlaps, self.name = decay, shared, overlaps, name
+        self.replicas, self.shared, self.overlaps = replicas, shared, overlaps
+        self.decay, self.matrix, self.name = decay, matrix, name
         self.uses = 0
         self.data: Array = None
         self.grad: Array = None

@@ -9,6 +9,9 @@ knows every other rank's share without asking.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def sizes(n: int, parts: int) -> list[int]:
     """The size of every part; they sum to ``n``."""
@@ -25,3 +28,12 @@ def part(n: int, parts: int, i: int) -> slice:
     small, more = divmod(n, parts)
     start = i * small + min(i, more)
     return slice(start, start + small + (i < more))
+
+
+def zigzag(n: int, parts: int, i: int) -> NDArray[np.int64]:
+    """Part ``i`` of positions that cost a causal layer the more the later they are: an early piece and a late one.
+
+    positions of i = piece i, then piece (2 parts - 1 - i), of ``split(n, 2 * parts)``; all of them for one part
+    """
+    first, last = part(n, 2 * parts, i), part(n, 2 * parts, 2 * parts - 1 - i)
+    return np.concatenate([np.arange(s.start, s.stop) for s in ((first, last) if parts > 1 else (slice(0, n),))])

@@ -65,14 +65,16 @@ def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Conf
 
     schedules: with each schedule, else with one after the other in turn.
     """
-    kinds: list[Any] = list(SCHEDULES)
+    kinds = list(SCHEDULES)
     found: list[Config] = []
     for tp in (n for n in range(1, ranks + 1) if ranks % n == 0):
         for pp in (n for n in range(1, ranks // tp + 1) if ranks // tp % n == 0):
             shape: dict[str, Any] = {"dp": ranks // tp // pp, "pp": pp, "tp": tp}
             for sequence in (True, False) if tp > 1 else (False,):
                 for kind in kinds if schedules and pp > 1 else [kinds[len(found) % len(kinds)]]:
-                    layout = Layout(**shape, sequence_parallel=sequence, schedule=kind, recompute=len(found) % 2 == 1)
+                    layout = Layout(
+                        **shape, sequence_parallel=sequence, schedule=kind, recompute=("none", "full")[len(found) % 2]
+                    )
                     found.append(dataclasses.replace(config, layout=layout))
     return found
 

@@ -406,7 +406,7 @@ def elsewhere(right: Any, cursor_of: Callable[[Any], Any]) -> Callable[..., Any]
     return call
 
 
-@planted("recompute=1", dropout=0.1)
+@planted("recompute=full", dropout=0.1)
 def recomputed_with_other_masks(patch: Patch) -> None:
     """The forward that runs again in the backward draws the masks of another step."""
     moved = elsewhere(Recompute.backward, lambda self: self.inner.layers["attention"].layers["core"].cursor)

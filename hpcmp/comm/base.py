@@ -10,8 +10,9 @@ of the axis, since a rank cannot tell it from its own shard alone; without it th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .. import partition
@@ -64,6 +65,18 @@ class Communicator(ABC):
         """Part r of ``x`` along ``split`` goes to rank r; what comes is joined along ``concat``, ``total`` long."""
 
     @abstractmethod
+    def all_gather_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        """``all_gather`` along axis 0 of shards of any sizes: rank r passes ``rows[r]`` rows."""
+
+    @abstractmethod
+    def reduce_scatter_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        """The adjoint of ``all_gather_v``: rank r gets ``rows[r]`` rows of the sum, ``sum(rows)`` long."""
+
+    @abstractmethod
+    def all_to_all_v(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        """``sent[r]`` rows of ``x`` (axis 0, in the order of ranks) go to rank r; ``received[r]`` come from it."""
+
+    @abstractmethod
     def broadcast(self, x: Array, root: int = 0) -> Pending:
         """y = x of ``root``, on every rank; every rank passes an array of the same shape and dtype."""
 
@@ -106,6 +119,15 @@ class Solo(Communicator):
     def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
         return Pending(x)
 
+    def all_gather_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        return Pending(x)
+
+    def reduce_scatter_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        return Pending(x)
+
+    def all_to_all_v(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        return Pending(x)
+
     def broadcast(self, x: Array, root: int = 0) -> Pending:
         return Pending(x)
 
@@ -125,21 +147,13 @@ class Layouts(Communicator):
 
     def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
         xp = array_module(x)
-        front = xp.ascontiguousarray(xp.moveaxis(x, axis, 0))
-        rows, rest = self.shards(total, front.shape[0]), front.shape[1:]
-        if front.shape[0] != rows[self.rank]:
-            raise ValueError(f"all_gather: this rank's shard has {front.shape[0]} rows, not {rows[self.rank]}")
-        width = _product(rest)
-        pending = self._all_gather(front.reshape(-1), [n * width for n in rows])
-        return _then(pending, lambda y: xp.moveaxis(y.reshape(sum(rows), *rest), 0, axis))
+        pending = self.all_gather_v(xp.moveaxis(x, axis, 0), self.shards(total, x.shape[axis]))
+        return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
 
     def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
         xp = array_module(x)
-        front = xp.ascontiguousarray(xp.moveaxis(x, axis, 0))
-        rows, rest = partition.sizes(front.shape[0], self.size), front.shape[1:]
-        width = _product(rest)
-        pending = self._reduce_scatter(front.reshape(-1), [n * width for n in rows])
-        return _then(pending, lambda y: xp.moveaxis(y.reshape(rows[self.rank], *rest), 0, axis))
+        pending = self.reduce_scatter_v(xp.moveaxis(x, axis, 0), partition.sizes(x.shape[axis], self.size))
+        return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
 
     def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
         xp = array_module(x)
@@ -152,8 +166,8 @@ class Layouts(Communicator):
             shape[split], shape[concat] = out_rows[self.rank], n
             incoming.append(shape)
         sent = xp.concatenate([part.reshape(-1) for part in parts])
-        counts = [_product(shape) for shape in incoming]
-        pending = self._all_to_all(sent, [_product(shape) for shape in shapes], counts)
+        counts = [math.prod(shape) for shape in incoming]
+        pending = self._all_to_all(sent, [math.prod(shape) for shape in shapes], counts)
 
         def join(y: Array) -> Array:
             ends = [sum(counts[: r + 1]) for r in range(self.size)]
@@ -161,6 +175,26 @@ class Layouts(Communicator):
             return xp.concatenate(pieces, concat)
 
         return _then(pending, join)
+
+    def all_gather_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        rest = x.shape[1:]
+        if len(x) != rows[self.rank]:
+            raise ValueError(f"all_gather: this rank's shard has {len(x)} rows, not {rows[self.rank]}")
+        width = math.prod(rest)
+        pending = self._all_gather(_flat(x), [n * width for n in rows])
+        return _then(pending, lambda y: y.reshape(sum(rows), *rest))
+
+    def reduce_scatter_v(self, x: Array, rows: Sequence[int]) -> Pending:
+        rest = x.shape[1:]
+        width = math.prod(rest)
+        pending = self._reduce_scatter(_flat(x), [n * width for n in rows])
+        return _then(pending, lambda y: y.reshape(rows[self.rank], *rest))
+
+    def all_to_all_v(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        rest = x.shape[1:]
+        width = math.prod(rest)
+        pending = self._all_to_all(_flat(x), [n * width for n in sent], [n * width for n in received])
+        return _then(pending, lambda y: y.reshape(sum(received), *rest))
 
     @abstractmethod
     def _all_gather(self, x: Array, counts: list[int]) -> Pending: ...
@@ -172,11 +206,8 @@ class Layouts(Communicator):
     def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending: ...
 
 
-def _product(shape: Any) -> int:
-    n = 1
-    for m in shape:
-        n *= m
-    return n
+def _flat(x: Array) -> Array:
+    return array_module(x).ascontiguousarray(x).reshape(-1)
 
 
 def _then(pending: Pending, finish: Callable[[Array], Array]) -> Pending:

@@ -30,7 +30,7 @@ class Dropout(Module):
         keep = random.keep_mask(
             self.rate,
             random.key(self.parallel.cursor.seed, self.name, place.step),
-            xp.arange(here.start, here.stop)[:, None],
+            xp.asarray(here)[:, None],
             samples(place, x.shape[1], xp),
             slice(0, x.shape[2]),
             xp=xp,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import kernels
 from ..arrays import Array
 from ..module import Initial, Module, Parameter
@@ -43,12 +46,12 @@ class LearnedPositions(Module):
 
     def forward(self, x: Array) -> tuple[Array, Any]:
         here = self.parallel.positions()
-        return x + self.weight.data[here, None], here
+        return x + self.weight.data[here][:, None], here
 
-    def backward(self, dy: Array, saved: slice, wgrad: WGrad) -> Array:
+    def backward(self, dy: Array, saved: NDArray[np.int64], wgrad: WGrad) -> Array:
         wgrad(self.backward_weight, saved, dy)
         return dy
 
-    def backward_weight(self, here: slice, dy: Array) -> None:
-        """dP[position] += sum over the batch of dy."""
+    def backward_weight(self, here: NDArray[np.int64], dy: Array) -> None:
+        """dP[position] += sum over the batch of dy; no position is here twice."""
         self.weight.grad[here] += dy.sum(1)

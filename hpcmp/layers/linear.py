@@ -50,7 +50,9 @@ class ColumnParallelLinear(Module):
         self.biases: dict[str, Parameter] = {}
         for name, o in outputs.items():
             shard: dict[str, Any] = {"part": o.part, "owned": o.owned, "overlaps": o.overlaps}
-            self.weights[name] = parallel.sharded(features, *o.shape, axis=1 + o.axis, initial=initial, **shard)
+            self.weights[name] = parallel.sharded(
+                features, *o.shape, axis=1 + o.axis, initial=initial, matrix=(0, 1), **shard
+            )
             if bias:
                 self.biases[_bias(name)] = parallel.sharded(
                     *o.shape, axis=o.axis, initial=constant(0), decay=False, **shard
@@ -108,7 +110,7 @@ class RowParallelLinear(Module):
         initial: Initial | None = None,
     ) -> None:
         self.leave = parallel.leave
-        self.weight = parallel.sharded(*shape, features, axis=axis, initial=initial)
+        self.weight = parallel.sharded(*shape, features, axis=axis, initial=initial, matrix=(0, len(shape)))
         self.bias = parallel.replicated(features, initial=constant(0), decay=False) if bias else None
         self.rank = len(shape)
 

@@ -6,6 +6,7 @@ Llama (Touvron et al., 2023):   x + attention(rope, rms_norm(x)), x + down(swigl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import partition
@@ -16,59 +17,22 @@ from ..layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
 from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.parallel import ModelParallel
-from ..module import Module, Parameter, Recompute, Residual, Sequential, normal
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What fixes the mathematics of a model; nothing here depends on the layout."""
-
-    style: str  # "gpt" or "llama"
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int
-    vocabulary: int
-    sequence: int  # the longest sequence
-    dropout: float = 0.0
-    tied: bool = True
-    bias: bool = True
-    norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
-    init_std: float = 0.02
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has."""
-        heads, d, h = self.heads + 2 * self.kv_heads, self.head_size, self.hidden
-        up = self.ffn * (2 if self.style == "llama" else 1)
-        norm = h * (2 if self.style == "gpt" else 1)
-        block = h * heads * d + self.heads * d * h + h * up + self.ffn * h + 2 * norm
-        if self.bias:
-            block += heads * d + h + up + h
-        positions = self.sequence * h if self.style == "gpt" else 0
-        return self.layers * block + norm + positions + self.vocabulary * h * (1 if self.tied else 2)
-
-    def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a forward and backward, a token: 6 a weight that is multiplied, and attention.
-
-        Causal attention over ``length`` positions costs 6 layers * heads * head_size * length (half of the square).
-        Counted as in Narayanan et al., "Efficient large-scale language model training", SC 2021, appendix.
-        """
-        lookups = (self.sequence * self.hidden if self.style == "gpt" else 0) + (
-            0 if self.tied else self.vocabulary * self.hidden
-        )
-        return 6.0 * (self.parameters - lookups) + 6.0 * self.layers * self.heads * self.head_size * length
+from ..module import Module, Parameter, Residual, Sequential, normal
+from .architecture import Architecture
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Which part of the model a pipeline rank holds: stage ``rank`` of ``size``."""
+    """A part of the model: virtual stage ``rank`` of ``size``, in the order in which activations pass them.
+
+    layers: how many blocks each stage has; as even as can be if it is not given. ends: whether the first and the last
+    stage lie on different ranks, so that tied weights are copies.
+    """
 
     rank: int = 0
     size: int = 1
+    layers: tuple[int, ...] | None = None
+    ends: bool | None = None
 
     @property
     def first(self) -> bool:
@@ -80,36 +44,70 @@ class Stage:
         """Whether it holds the head and the loss."""
         return self.rank == self.size - 1
 
+    @property
+    def copies(self) -> bool:
+        """Whether tied weights lie on two ranks."""
+        return self.size > 1 if self.ends is None else self.ends
+
+    def blocks(self, layers: int) -> range:
+        """The blocks of the stage, of ``layers`` in all."""
+        sizes = partition.sizes(layers, self.size) if self.layers is None else self.layers
+        if len(sizes) != self.size or sum(sizes) != layers:
+            raise ValueError(f"{sizes} does not share {layers} layers among {self.size} stages")
+        return range(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
+
+
+Wrap = Callable[[Sequential], Module]
+
 
 def build(
-    a: Architecture, parallel: ModelParallel | None = None, stage: Stage | None = None, *, recompute: bool = False
+    a: Architecture,
+    parallel: ModelParallel | None = None,
+    stage: Stage | None = None,
+    *,
+    wrap: Wrap | None = None,
+    table: Parameter | None = None,
 ) -> Sequential:
     """One stage of the model: tokens (first stage) or activations in, activations or logits (last stage) out.
 
-    tokens (S, batch) integers; activations (s, batch, hidden); logits (S, batch, this rank's vocabulary rows). Layers
-    are shared by the stages as evenly as can be, the first ones having one more. Parameters have the same names, shapes
-    and initial values on every layout; they have no arrays yet (see ``Module.initialise``).
+    tokens (S, batch) integers; activations (s, batch, hidden); logits (S, batch, this rank's vocabulary rows).
+    Parameters have the same names, shapes and initial values on every layout; they have no arrays yet (see
+    ``Module.initialise``). wrap: what becomes of each block, such as its recomputation. table: the embedding's table,
+    where another stage on this rank has it already and weights are tied.
     """
     parallel, stage = parallel or ModelParallel(), stage or Stage()
     layers: dict[str, Module] = {}
-    table = _table(a, parallel, stage, "embedding/table")
+    table = table or embedding_table(a, parallel, stage)
     if stage.first:
         layers["embedding"] = VocabularyParallelEmbedding(parallel, table)
         if a.style == "gpt":
             layers["positions"] = LearnedPositions(parallel, a.sequence, a.hidden, normal(a.init_std))
         layers["dropout"] = Dropout(parallel, a.dropout, "embedding/dropout")
-    here = partition.part(a.layers, stage.size, stage.rank)
-    for i in range(here.start, here.stop):
+    for i in stage.blocks(a.layers):
         made = block(a, parallel, f"blocks/{i}")
-        layers[f"blocks/{i}"] = Recompute(made) if recompute else made
+        layers[f"blocks/{i}"] = wrap(made) if wrap else made
     if stage.last:
         layers["norm"] = _norm(a, parallel)
-        layers["head"] = ParallelHead(parallel, table if a.tied else _table(a, parallel, stage, "head/table"))
+        layers["head"] = ParallelHead(parallel, table if a.tied else _table(a, parallel, "head/table"))
     return Sequential(**layers)
+
+
+def build_stages(
+    a: Architecture, parallel: ModelParallel, stages: Sequence[Stage], *, wrap: Wrap | None = None
+) -> list[Sequential]:
+    """The stages that one rank holds, of which the first and the last share a tied table if both are here."""
+    shared = any(stage.first for stage in stages) and any(stage.last for stage in stages)
+    table = embedding_table(a, parallel, stages[0]) if a.tied and shared else None
+    return [build(a, parallel, stage, wrap=wrap, table=table) for stage in stages]
 
 
 def block(a: Architecture, parallel: ModelParallel, name: str) -> Sequential:
     """One transformer block, (s, batch, hidden) -> (s, batch, hidden). ``name`` keys its dropout masks."""
+    attention, mlp = _attention(a, parallel, f"{name}/attention"), _mlp(a, parallel, f"{name}/mlp")
+    return Sequential(attention=Residual(**attention), mlp=Residual(**mlp))
+
+
+def _attention(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Module]:
     heads = Heads(a.heads, a.kv_heads, parallel.tp.size, parallel.tp.rank)
     outputs = {
         "query": Output((a.heads, a.head_size), part=heads.queries),
@@ -117,25 +115,29 @@ def block(a: Architecture, parallel: ModelParallel, name: str) -> Sequential:
             (a.kv_heads, 2, a.head_size), part=heads.key_values, owned=heads.owned, overlaps=heads.overlaps
         ),
     }
-    initial, leaving = normal(a.init_std), normal(a.init_std / (2 * a.layers) ** 0.5)
-    attention: dict[str, Module] = {
+    layers: dict[str, Module] = {
         "norm": _norm(a, parallel),
-        "qkv": ColumnParallelLinear(parallel, a.hidden, outputs, bias=a.bias, initial=initial),
+        "qkv": ColumnParallelLinear(parallel, a.hidden, outputs, bias=a.bias, initial=normal(a.init_std)),
     }
     if a.style == "llama":
-        attention["rope"] = Rope(a.head_size, a.rope_theta)
-    attention["core"] = CausalAttention(heads, parallel.cursor, a.dropout, f"{name}/attention/core")
-    attention["out"] = RowParallelLinear(parallel, (a.heads, a.head_size), a.hidden, bias=a.bias, initial=leaving)
-    attention["dropout"] = Dropout(parallel, a.dropout, f"{name}/attention/dropout")
+        layers["rope"] = Rope(a.head_size, a.rope_theta)
+    layers["core"] = CausalAttention(heads, parallel.cursor, a.dropout, f"{name}/core")
+    layers["out"] = RowParallelLinear(
+        parallel, (a.heads, a.head_size), a.hidden, bias=a.bias, initial=normal(a.leaving_std)
+    )
+    layers["dropout"] = Dropout(parallel, a.dropout, f"{name}/dropout")
+    return layers
+
+
+def _mlp(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Module]:
     up = Output((2, a.ffn), axis=1) if a.style == "llama" else Output((a.ffn,))
-    mlp: dict[str, Module] = {
+    return {
         "norm": _norm(a, parallel),
-        "up": ColumnParallelLinear(parallel, a.hidden, {"weight": up}, bias=a.bias, initial=initial),
+        "up": ColumnParallelLinear(parallel, a.hidden, {"weight": up}, bias=a.bias, initial=normal(a.init_std)),
         "activation": SwiGLU() if a.style == "llama" else GELU(),
-        "down": RowParallelLinear(parallel, (a.ffn,), a.hidden, bias=a.bias, initial=leaving),
-        "dropout": Dropout(parallel, a.dropout, f"{name}/mlp/dropout"),
+        "down": RowParallelLinear(parallel, (a.ffn,), a.hidden, bias=a.bias, initial=normal(a.leaving_std)),
+        "dropout": Dropout(parallel, a.dropout, f"{name}/dropout"),
     }
-    return Sequential(attention=Residual(**attention), mlp=Residual(**mlp))
 
 
 def _norm(a: Architecture, parallel: ModelParallel) -> Module:
@@ -143,12 +145,19 @@ def _norm(a: Architecture, parallel: ModelParallel) -> Module:
     return kind(parallel, a.hidden, a.norm_epsilon)
 
 
-def _table(a: Architecture, parallel: ModelParallel, stage: Stage, name: str) -> Parameter:
-    """A (vocabulary, hidden) table. Tied weights live on both ends of the pipeline: the first stage owns them, and the
-    gradients of the two copies owe each other a sum."""
-    table = parallel.sharded(a.vocabulary, a.hidden, axis=0, initial=normal(a.init_std), name=name)
-    if a.tied and stage.size > 1:
+def embedding_table(a: Architecture, parallel: ModelParallel, stage: Stage) -> Parameter:
+    """The (vocabulary, hidden) table of the embedding, and of the head where weights are tied.
+
+    Tied weights live on both ends of the pipeline: the first stage owns them, and the gradients of the two copies owe
+    each other a sum.
+    """
+    table = _table(a, parallel, "embedding/table")
+    if a.tied and stage.copies:
         table.shared = ("ends",)
         if not stage.first:
             table.owned = tuple(slice(s.start, s.start) for s in table.owned)
     return table
+
+
+def _table(a: Architecture, parallel: ModelParallel, name: str) -> Parameter:
+    return parallel.sharded(a.vocabulary, a.hidden, axis=0, initial=normal(a.init_std), name=name)

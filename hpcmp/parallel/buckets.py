@@ -79,7 +79,7 @@ class Buckets:
         self.mesh = mesh
         self.parameters = module.parameters()
         self.buckets = [
-            Bucket(group, mesh[("dp", *group[0].shared)], dtype, xp)
+            Bucket(group, mesh[(*group[0].replicas, *group[0].shared)], dtype, xp)
             for group in _groups(reversed(self.parameters), size / np.dtype(dtype).itemsize)
         ]
         place = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
@@ -127,7 +127,7 @@ class Buckets:
                 total += square_sum(bucket.grad)
             else:
                 total += sum(square_sum(p.grad[p.owned_local]) for p in bucket.parameters)
-        whole = self.mesh["pp", "tp"].all_reduce(np.array([total])).wait()
+        whole = self.mesh["pp", "tp_y", "tp"].all_reduce(np.array([total])).wait()
         return math.sqrt(float(whole[0]))
 
 
@@ -141,7 +141,7 @@ def _groups(parameters: Iterable[Parameter], most: float) -> list[list[Parameter
     closed: list[list[Parameter]] = []
     opened: dict[tuple[Any, ...], list[Parameter]] = {}
     for p in parameters:
-        kind = (p.shared, p.overlaps, p.decay)
+        kind = (p.replicas, p.shared, p.overlaps, p.decay)
         group = opened.setdefault(kind, [])
         if group and sum(map(_summed, (*group, p))) > most:
             closed.append(group)

@@ -38,6 +38,17 @@ class Model(Section):
     rope_theta: float = option(10000.0, "base of the rotary frequencies", POSITIVE)
     init_std: float = option(0.02, "standard deviation of the initial weights", POSITIVE)
     bias: bool = derived("true; `llama`: false", "linear layers add a bias")
+    experts: int = option(0, "experts of a mixture-of-experts MLP; 0: an ordinary MLP", COUNT)
+    experts_every: int = option(1, "one block of so many, the last of them, has experts", SIZE)
+    experts_per_token: int = option(2, "experts that each token goes to", SIZE)
+    expert_ffn: int = derived("ffn", "inner width of an expert", SIZE)
+    shared_experts: int = option(0, "experts that every token goes to besides", COUNT)
+    router: Literal["softmax", "sigmoid"] = option("softmax", "how scores of experts become weights")
+    capacity: float | None = option(
+        None, "most tokens of a sequence for an expert, in units of an even share; none: no token is dropped", POSITIVE
+    )
+    balance_loss: float = option(0.01, "weight of the loss that balances experts", COUNT)
+    z_loss: float = option(0.001, "weight of the loss that keeps the router's scores small", COUNT)
 
     def resolved(self) -> Model:
         """With every derived value but ``vocabulary`` filled in, and relations checked."""
@@ -55,6 +66,11 @@ class Model(Section):
             tied=not llama,
             bias=not llama,
         )
+        model = fill(model, expert_ffn=model.ffn)
+        if model.experts and model.experts_per_token > model.experts:
+            raise InputError(
+                f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}"
+            )
         if model.heads % model.kv_heads:
             raise InputError(f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}")
         if llama and model.head_size % 2:
@@ -77,16 +93,19 @@ class Train(Section):
     batch: int = option(8, "samples of a step, over all ranks", SIZE)
     microbatch: int | None = option(None, "samples that a data-parallel rank takes through the model at once", SIZE)
     seed: int = option(0, "of weights, dropout and the order of the data", COUNT)
-    dtype: Literal["float32", "float64"] = option("float32", "numbers of weights and activations")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = option(
+        "float32", "numbers of weights and activations; with 16 bits, gradients and master weights are float32"
+    )
     device: Literal["cpu", "cuda"] = option("cpu", "where arrays live")
     minutes: float | None = option(None, "save and stop after so long", POSITIVE)
 
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW with a linear warmup, then a cosine to `final` of the learning rate."""
+    """The optimizer, with a linear warmup, then a cosine to `final` of the learning rate."""
 
-    name: Literal["adamw"] = option("adamw", "which optimizer")
+    name: Literal["adamw", "sgd", "lamb", "muon"] = option("adamw", "`muon` takes AdamW for what is no matrix")
+    momentum: float = option(0.95, "decay of the momentum of `sgd` and `muon` per step", SHARE)
     learning_rate: float = option(1e-3, "highest learning rate", POSITIVE)
     betas: tuple[float, float] = option((0.9, 0.95), "decay of the first and second moment per step", SHARE)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)

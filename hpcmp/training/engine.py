@@ -14,7 +14,9 @@ from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..layers.loss import VocabularyParallelCrossEntropy
 from ..layers.parallel import ModelParallel
-from ..models.transformer import Architecture, Stage, build
+from ..models.architecture import Architecture
+from ..models.transformer import Stage, build
+from ..module import Recompute
 from ..optim.adamw import AdamW
 from ..optim.rate import warmup_cosine
 from ..parallel.buckets import Buckets
@@ -50,9 +52,18 @@ class Engine:
         self.architecture = architecture(config)
         self.xp = module_for(train.device)
         self.cursor = Cursor(train.seed)
-        self.parallel = ModelParallel(mesh["tp"], self.cursor, sequence=bool(layout.sequence_parallel))
+        self.parallel = ModelParallel(
+            mesh["tp"],
+            self.cursor,
+            sequence=bool(layout.sequence_parallel),
+            tp_y=mesh["tp_y"],
+            ring=mesh["ring"],
+            ulysses=mesh["ulysses"],
+            ep=mesh["ep"],
+        )
         pp = mesh["pp"]
-        self.stage = build(self.architecture, self.parallel, Stage(pp.rank, pp.size), recompute=layout.recompute)
+        wrap = Recompute if layout.recompute == "full" else None
+        self.stage = build(self.architecture, self.parallel, Stage(pp.rank, pp.size), wrap=wrap)
         self.buckets = Buckets(self.stage, mesh, size=layout.bucket_mb * 2**20, dtype=train.dtype, xp=self.xp)
         self.stage.initialise(train.seed, train.dtype, self.xp)
         o = config.optimizer
@@ -64,16 +75,16 @@ class Engine:
 
     @property
     def share(self) -> slice:
-        """The samples of the global batch that this rank's data-parallel replica takes."""
-        return self.mesh["dp"].part(self.config.train.batch)
+        """The samples of the global batch that this rank's replica takes."""
+        return self.mesh["dp", "tp_z"].part(self.config.train.batch)
 
     def microbatches(self, samples: int | None = None) -> int:
         """How many microbatches a replica with ``samples`` samples (by default the largest share) cuts them into.
 
         Without ``train.microbatch``: one, or with a pipeline four a stage as far as there are samples for them.
         """
-        dp, pp = self.mesh["dp"].size, self.mesh["pp"].size
-        samples = samples or -(-self.config.train.batch // dp)
+        replicas, pp = self.mesh["dp", "tp_z"].size, self.mesh["pp"].size
+        samples = samples or -(-self.config.train.batch // replicas)
         size = self.config.train.microbatch
         if size is None:
             return 1 if pp == 1 else min(samples, 4 * pp)
@@ -90,7 +101,7 @@ class Engine:
         o = self.config.optimizer
         self.buckets.zero()
         scale = 1 / (self.config.train.batch * inputs.shape[0])
-        total = self.pipeline.step(self._cut(step, inputs, targets, samples, True), scale, self.buckets.ready)
+        total = self.pipeline.step(self._cut(step, inputs, targets, samples, scale), scale, self.buckets.ready)
         self.buckets.finish()
         assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
         rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
@@ -100,25 +111,34 @@ class Engine:
 
     def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
         """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
-        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, False))
+        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, None))
         return self._sum(self._mine(total) / (batch * inputs.shape[0]))[0]
 
     def _sum(self, *values: float) -> list[float]:
         """Sums over all ranks, the same on every one."""
-        return [float(v) for v in self.mesh["dp", "pp", "tp"].all_reduce(np.array(values)).wait()]
+        return [float(v) for v in self.mesh[Mesh.axes].all_reduce(np.array(values)).wait()]
 
     def _mine(self, total: Any) -> float:
         """This rank's part of the sum of losses: only the last stage has one, its tensor-parallel ranks the same."""
-        return float(to_host(total)) if self.mesh["tp"].rank == 0 else 0.0
+        return float(to_host(total)) if self.mesh["tp", "tp_y"].rank == 0 else 0.0
 
     def _cut(
-        self, step: int, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], training: bool
+        self,
+        step: int,
+        inputs: NDArray[Any],
+        targets: NDArray[Any],
+        samples: NDArray[np.int64],
+        weight: float | None,
     ) -> list[Microbatch]:
-        """This replica's samples in microbatches, as even as can be; some may be empty where shares are uneven."""
-        largest = None if training else len(samples)
+        """This rank's positions of its replica's samples in microbatches, as even as can be; some may be empty where
+        shares are uneven. ``weight`` is that of a token's loss in the gradient, None in evaluation."""
+        largest, length, training = None if weight else len(samples), len(inputs), weight is not None
         made = []
+        self.cursor.place = Place(length=length)
+        positions = self.parallel.context()
+        inputs, targets = inputs[positions], targets[positions]
         for s in partition.split(len(samples), self.microbatches(largest)):
-            place = Place(step, samples[s], inputs.shape[0], training)
+            place = Place(step, samples[s], length, training, weight or 0.0)
             first, last = self.pipeline.first, self.pipeline.last
             made.append(
                 Microbatch(
@@ -130,49 +150,37 @@ class Engine:
         return made
 
     def _shape(self, place: Place) -> tuple[int, ...]:
-        """The shape of an activation between stages."""
+        """The shape of an activation between stages; the cursor is at ``place``."""
         assert place.samples is not None
-        length = self.parallel.tp.part(place.length) if self.parallel.sequence else slice(0, place.length)
-        return length.stop - length.start, len(place.samples), self.architecture.hidden
+        hidden = self.parallel.tp_y.part(self.architecture.hidden)
+        return len(self.parallel.positions()), len(place.samples), hidden.stop - hidden.start
 
 
 def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
     """The mesh of a resolved configuration over ``comm`` (None: this process alone)."""
     layout, communication = config.layout, config.communication
-    assert layout.dp is not None  # filled in by resolved
+    axes = {axis: getattr(layout, axis) for axis in (*Mesh.axes, "ulysses", "ep", "shard")}
     return make_mesh(
-        comm,
-        config.train.device,
-        dp=layout.dp,
-        pp=layout.pp,
-        tp=layout.tp,
-        backend=communication.backend,
-        cuda_aware=communication.cuda_aware,
+        comm, config.train.device, backend=communication.backend, cuda_aware=communication.cuda_aware, **axes
     )
 
 
 def make_mesh(
-    comm: MPI.Intracomm | None,
-    device: str,
-    *,
-    dp: int = 1,
-    pp: int = 1,
-    tp: int = 1,
-    backend: str = "auto",
-    cuda_aware: str = "auto",
+    comm: MPI.Intracomm | None, device: str, *, backend: str = "auto", cuda_aware: str = "auto", **axes: Any
 ) -> Mesh:
-    """A mesh whose arrays lie on ``device``; on "cuda" each rank's GPU is chosen and made current. Collective.
+    """A mesh of ``axes`` whose arrays lie on ``device``; on "cuda" each rank's GPU is chosen and made current.
+    Collective.
 
     Ranks that share a GPU talk over MPI unless ``backend`` says otherwise, where NCCL wants a GPU to itself.
     """
     if device == "cpu":
-        return Mesh(comm, dp=dp, pp=pp, tp=tp)
+        return Mesh(comm, **axes)
     from ..comm.detect import cuda_aware as ask
     from ..comm.detect import start_mpi
     from ..comm.device import select_device
 
     staged = comm is not None and not ask(start_mpi(), cuda_aware)
-    mesh = Mesh(comm, dp=dp, pp=pp, tp=tp, device=device, backend=backend, staged=staged)
+    mesh = Mesh(comm, device=device, backend=backend, staged=staged, **axes)
     if not select_device(mesh.rank, mesh.gather_objects).nccl and backend == "auto":
         mesh.nccl = False
     return mesh

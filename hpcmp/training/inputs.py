@@ -26,15 +26,16 @@ class Inputs:
             raise InputError(f"model.vocabulary = {wanted} is less than the {self.file.vocabulary} tokens of {path}")
         self.vocabulary = wanted or self.file.vocabulary
         self.tokenizer = self.file.definition
-        sequence, batch, seed, dp = config.model.sequence, config.train.batch, config.train.seed, mesh["dp"]
+        sequence, batch, seed = config.model.sequence, config.train.batch, config.train.seed
+        replicas = mesh["dp", "tp_z"]
         train, valid = self.file.split("train"), self.file.split("valid")
         self.sampler = Sampler.over(train, sequence, seed)
-        self.train = Batches(train, self.sampler, batch, dp.part(batch))
+        self.train = Batches(train, self.sampler, batch, replicas.part(batch))
         windows = (len(valid) - 1) // sequence
         self.held_out: Batches | None = None
         if windows > 0:
             batch = min(windows, batch)
-            self.held_out = Batches(valid, Sampler.over(valid, sequence, seed), batch, dp.part(batch))
+            self.held_out = Batches(valid, Sampler.over(valid, sequence, seed), batch, replicas.part(batch))
 
     def close(self) -> None:
         """Close the file."""

@@ -14,73 +14,109 @@ from .toml import literal
 
 @dataclass(frozen=True)
 class Layout(Section):
-    """How the model and the batch are spread over ranks: dp x pp x tp ranks. It never changes the mathematics."""
+    """How the model and the batch are spread over dp x pp x cp x tp_z x tp_y x tp ranks. It never changes the
+    mathematics."""
 
-    dp: int = derived("ranks / (pp tp)", "data-parallel replicas", SIZE)
+    dp: int = derived("ranks / the others", "data-parallel replicas", SIZE)
     pp: int = option(1, "pipeline stages", SIZE)
+    cp: int = option(1, "ranks that share each sequence (context parallelism)", SIZE)
     tp: int = option(1, "ranks that share each layer (tensor parallelism)", SIZE)
+    tp_y: int = option(1, "3-D tensor parallelism: ranks that share the inner axis of each weight", SIZE)
+    tp_z: int = option(1, "3-D tensor parallelism: ranks that share the samples, and hold a part of each weight", SIZE)
+    ep: int = option(1, "ranks, of dp x cp x tp_z, that share the experts (expert parallelism)", SIZE)
+    ulysses: int = option(1, "ranks, of cp, that exchange heads for positions; the others form a ring", SIZE)
     sequence_parallel: bool = derived("true when tp > 1", "share the sequence between the layers' sharded parts too")
-    schedule: Literal["1f1b", "gpipe", "zb-h1"] = option("1f1b", "order of a stage's work on microbatches")
-    recompute: bool = option(False, "keep each block's input alone and run its forward pass again in the backward pass")
+    schedule: str = option("1f1b", "order of a stage's work on microbatches: a name, or `file:PATH`")
+    virtual: int = option(1, "virtual stages of each pipeline rank, for `interleaved`", SIZE)
+    stages: str = option("even", 'blocks of each virtual stage: `even`, `measured`, or numbers such as "3+2+2"')
+    zero: int = option(0, "shard over dp x cp: 1 optimizer states, 2 gradients too, 3 weights too", "[0, 3]")
+    zero_group: int = derived("dp x cp", "ranks that share what `zero` shards; copies of it lie on the others", SIZE)
+    recompute: Literal["none", "full", "attention", "activations"] = option(
+        "none", "what the backward pass makes again: blocks, attention alone, or norms and activations"
+    )
+    recompute_every: int = option(1, "recompute in one block of so many", SIZE)
+    offload: Literal["none", "activations", "optimizer", "both"] = option("none", "what waits in the host's memory")
     bucket_mb: float = option(4.0, "gradients summed over replicas in one message, in MB", POSITIVE)
+
+    @property
+    def inner(self) -> int:
+        """The ranks of one replica."""
+        return self.pp * self.cp * self.tp_z * self.tp_y * self.tp
 
     @property
     def ranks(self) -> int:
         """How many ranks the layout needs: exactly so many when ``dp`` is given, else any multiple."""
-        return (self.dp or 1) * self.pp * self.tp
+        return (self.dp or 1) * self.inner
+
+    @property
+    def data(self) -> int:
+        """The ranks over which weights are copied, or sharded by ZeRO."""
+        return (self.dp or 1) * self.cp * self.tp_z
+
+    @property
+    def shard(self) -> int:
+        """The ranks that share what ZeRO shards: 1 without it."""
+        return (self.zero_group or self.data) if self.zero else 1
 
     def resolved(self, ranks: int | None = None) -> Layout:
-        """With derived values filled in; ``dp`` only if the number of ranks is known."""
+        """With derived values filled in; ``dp`` only if the number of ranks is known. Raises InputError."""
         layout: Layout = fill(self, sequence_parallel=self.tp > 1)
         return layout if ranks is None else check_layout(layout, ranks)
 
 
 def check_layout(layout: Layout, ranks: int) -> Layout:
     """``layout`` with ``dp`` filled in for ``ranks`` ranks. Raises InputError, with what would fit, if it cannot be."""
-    inner = layout.pp * layout.tp
+    inner = layout.inner
     if layout.dp is None and ranks % inner == 0:
         return dataclasses.replace(layout, dp=ranks // inner)
     if layout.dp is not None and layout.ranks == ranks:
         return layout
+    used = [axis for axis in ("pp", "cp", "tp_z", "tp_y", "tp") if getattr(layout, axis) > 1 or axis in ("pp", "tp")]
+    product = " x ".join(f"layout.{axis}" for axis in reversed(used))
     if layout.dp is None:
-        problem = f"layout.tp x layout.pp = {inner} does not divide the {ranks} ranks"
+        problem = f"{product} = {inner} does not divide the {ranks} ranks"
     else:
-        problem = f"layout.dp x layout.pp x layout.tp = {layout.ranks}, and there are {ranks} ranks"
+        problem = f"layout.dp x {product} = {layout.ranks}, and there are {ranks} ranks"
     raise InputError(f"{problem}; {' or '.join(_fitting(layout, ranks))} would fit")
 
 
 def _fitting(layout: Layout, ranks: int) -> list[str]:
-    """Up to three layouts of ``ranks`` ranks, the nearest to ``layout`` first."""
-    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
-    fits = [(tp, pp) for tp in divisors for pp in divisors if ranks % (tp * pp) == 0]
+    """Up to three layouts of ``ranks`` ranks, the nearest to ``layout`` first; axes beyond pp and tp are kept if they
+    divide the ranks, else given up."""
+    kept = {axis: getattr(layout, axis) for axis in ("cp", "tp_z", "tp_y") if getattr(layout, axis) > 1}
+    if ranks % math.prod(kept.values()):
+        kept = {}
+    left = ranks // math.prod(kept.values())
+    divisors = [d for d in range(1, left + 1) if left % d == 0]
+    fits = [(tp, pp) for tp in divisors for pp in divisors if left % (tp * pp) == 0]
     fits.sort(key=lambda fit: abs(math.log(fit[0] / layout.tp)) + abs(math.log(fit[1] / layout.pp)))
     dp = "" if layout.dp is None else "dp={},"
-    return [dp.format(ranks // (tp * pp)) + f"tp={tp},pp={pp}" for tp, pp in fits[:3]]
+    more = "".join(f",{axis}={n}" for axis, n in kept.items())
+    return [dp.format(left // (tp * pp)) + f"tp={tp},pp={pp}{more}" for tp, pp in fits[:3]]
 
 
-_KEYS = {
-    "dp": "dp",
-    "pp": "pp",
-    "tp": "tp",
+#: The axes, which ``--layout`` sets to 1 where it does not name them (dp: to what is left of the ranks).
+_AXES = ("dp", "pp", "cp", "tp", "tp_y", "tp_z", "ep", "ulysses")
+_KEYS = {key: key for key in _AXES} | {
     "sp": "sequence_parallel",
-    "schedule": "schedule",
-    "recompute": "recompute",
+    **{key: key for key in ("schedule", "virtual", "stages", "zero", "zero_group")},
+    **{key: key for key in ("recompute", "recompute_every", "offload")},
 }
 
 
 def parse_layout(text: str, base: Layout) -> Layout:
     """The layout that ``text`` names; what else there is in a Layout is ``base``'s.
 
-    Keys: dp (what is left of the ranks if not named), pp and tp (1 if not named), sp (0 or 1), schedule, recompute
-    (0 or 1), and micro, which is no part of a Layout and is taken by ``config.with_layout``. Example:
-    "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
+    Keys: dp (what is left of the ranks if not named), pp, cp, tp, tp_y, tp_z, ep and ulysses (1 if not named), sp (0 or
+    1), every other key of a Layout but bucket_mb, and micro, which is no part of a Layout and is taken by
+    ``config.with_layout``. Example: "tp=2,pp=2,sp=1,schedule=zb-h1,micro=3". Raises InputError naming the key.
     """
     return read_layout(text, base)[0]
 
 
 def read_layout(text: str, base: Layout) -> tuple[Layout, int | None]:
     """The layout that ``text`` names (see ``parse_layout``), and the value of ``micro`` in it."""
-    changes: dict[str, Any] = {"dp": None, "pp": 1, "tp": 1}
+    changes: dict[str, Any] = dict.fromkeys(_AXES, 1) | {"dp": None}
     micro = None
     for item in text.split(","):
         name, _, word = (part.strip() for part in item.partition("="))
@@ -91,7 +127,7 @@ def read_layout(text: str, base: Layout) -> tuple[Layout, int | None]:
                     raise InputError(f"micro: expected an integer of at least 1, found {literal(value)}")
                 micro = value
             elif name in _KEYS:
-                if name in ("sp", "recompute"):
+                if name == "sp":
                     value = {0: False, 1: True}.get(value, value)
                 changes[_KEYS[name]] = checked(Layout, _KEYS[name], value)
             else:
@@ -99,3 +135,14 @@ def read_layout(text: str, base: Layout) -> tuple[Layout, int | None]:
         except InputError as error:
             raise InputError(f"--layout {text}: {error}") from None
     return dataclasses.replace(base, **changes), micro
+
+
+def short(layout: Layout) -> str:
+    """A layout as ``--layout`` takes it."""
+    default, text = Layout(), f"dp={layout.dp or 1},pp={layout.pp},tp={layout.tp}"
+    for key, name in _KEYS.items():
+        value = getattr(layout, name)
+        said = {"sp": layout.tp > 1, "schedule": layout.pp > 1}.get(key, value not in (None, getattr(default, name)))
+        if said and key not in ("dp", "pp", "tp"):
+            text += f",{key}={int(value) if isinstance(value, bool) else value}"
+    return text

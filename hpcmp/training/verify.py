@@ -18,9 +18,10 @@ from ..data.loader import Batches
 from ..data.sampler import Sampler
 from ..data.tokens import TokenFile
 from ..errors import InputError
-from ..module import Index, Parameter
+from ..module import DATA, Index, Parameter
 from .config import Config, Layout
 from .engine import Engine, mesh_for
+from .layout import short as short
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -136,18 +137,8 @@ def source_of(config: Config) -> Source:
     return draw
 
 
-def short(layout: Layout) -> str:
-    """A layout as ``--layout`` takes it."""
-    text = f"dp={layout.dp or 1},pp={layout.pp},tp={layout.tp}"
-    if layout.tp > 1:
-        text += f",sp={int(bool(layout.sequence_parallel))}"
-    if layout.pp > 1:
-        text += f",schedule={layout.schedule}"
-    return text + (",recompute=1" if layout.recompute else "")
-
-
 def _run_serial(config: Config, source: Source, steps: int) -> _Serial:
-    layout = dataclasses.replace(config.layout, dp=1, pp=1, tp=1, sequence_parallel=False, recompute=False)
+    layout = Layout(dp=1, sequence_parallel=False)
     out = _Serial()
     with Mesh(device=config.train.device) as mesh:
         train = dataclasses.replace(config.train, microbatch=None)
@@ -224,7 +215,7 @@ def _broadcast(comm: MPI.Intracomm | None, value: Any) -> Any:
 def _check_cover(mesh: Mesh, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> None:
     """The owned parts of the ranks of one replica must tile every parameter once, or norms are wrong."""
     owned: list[tuple[str, Index]] = [(p.name, p.owned) for p in engine.buckets.parameters]
-    everyone = mesh.gather_objects(owned if mesh.coordinates["dp"] == 0 else [])
+    everyone = mesh.gather_objects(owned if all(mesh.coordinates[axis] == 0 for axis in DATA) else [])
     counts = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}
     for name, index in (item for items in everyone for item in items):
         if name not in counts:

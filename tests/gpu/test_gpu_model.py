@@ -17,7 +17,9 @@ from hpcmp.comm.device import select_device
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.parallel import ModelParallel
-from hpcmp.models.transformer import Architecture, block, build
+from hpcmp.models.architecture import Architecture
+from hpcmp.models.transformer import block, build
+from hpcmp.module import Recompute
 from hpcmp.testing import gradcheck
 from hpcmp.training.verify import source_of
 from tests.corpus import config, corpus
@@ -34,7 +36,7 @@ def gradients(a: Architecture, xp: ModuleType, dtype: Any, recompute: bool = Fal
     length, batch = 13, 3
     parallel = ModelParallel(cursor=Cursor(seed=5))
     parallel.cursor.place = Place(2, np.array([4, 0, 9]), length)
-    model = build(a, parallel, recompute=recompute)
+    model = build(a, parallel, wrap=Recompute if recompute else None)
     parameters = model.initialise(1, dtype, xp)
     draw = np.random.default_rng(0)
     tokens = xp.asarray(draw.integers(0, a.vocabulary, (length, batch)))

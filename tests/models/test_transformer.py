@@ -16,8 +16,9 @@ from hpcmp.comm.base import Communicator, Solo
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.parallel import ModelParallel
-from hpcmp.models.transformer import Architecture, Stage, build
-from hpcmp.module import Module, Parameter, Sequential
+from hpcmp.models.architecture import Architecture
+from hpcmp.models.transformer import Stage, build
+from hpcmp.module import Module, Parameter, Recompute, Sequential
 from hpcmp.testing import equals_serial, gradcheck, share, whole
 from hpcmp.wgrad import WGrad
 
@@ -53,7 +54,10 @@ class WithLoss(Module):
     """(tokens, targets) -> the loss."""
 
     def __init__(self, a: Architecture, p: ModelParallel, *, recompute: bool = False) -> None:
-        self.model, self.loss = build(a, p, recompute=recompute), VocabularyParallelCrossEntropy(p, a.vocabulary)
+        self.model, self.loss = (
+            build(a, p, wrap=Recompute if recompute else None),
+            VocabularyParallelCrossEntropy(p, a.vocabulary),
+        )
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
         logits, saved = self.model.forward(x[0])
@@ -106,7 +110,7 @@ def test_recompute_changes_nothing(name: str) -> None:
     a = ARCHITECTURES[name]
     found = []
     for recompute in (False, True):
-        model = build(a, place(5), recompute=recompute)
+        model = build(a, place(5), wrap=Recompute if recompute else None)
         parameters = model.initialise(2, np.float64)
         y, saved = model.forward(tokens(a, 5))
         model.backward(np.cos(y), saved, wgrad.now)

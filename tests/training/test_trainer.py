@@ -23,7 +23,7 @@ pytestmark = pytest.mark.mpi
 
 #: For each number of ranks, two layouts: one that a run begins on, and one that it goes on with.
 PAIRS = {
-    1: ("layout.dp=1", "layout.recompute=true"),
+    1: ("layout.dp=1", "layout.recompute=full"),
     2: ("layout.tp=2", "layout.dp=2"),
     3: ("layout.pp=3", "layout.tp=3"),
     4: ("layout.tp=2 layout.pp=2 layout.schedule=zb-h1", "layout.dp=2 layout.pp=2 layout.schedule=gpipe"),

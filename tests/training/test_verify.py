@@ -96,7 +96,7 @@ def test_idle_ranks(world: Intracomm) -> None:
 def test_serial_without_mpi() -> None:
     config = small(microbatch=2, recompute=True)
     (report,) = verify([config], None, source_of(config))
-    assert report.worst <= LIMIT and report.layout == "dp=1,pp=1,tp=1,recompute=1" and report.ranks == 1
+    assert report.worst <= LIMIT and report.layout == "dp=1,pp=1,tp=1,recompute=full" and report.ranks == 1
     with engine(config) as e:
         assert [(p.name, p.shape) for p in report.parameters] == [(p.name, p.shape) for p in e.buckets.parameters]
 
@@ -204,4 +204,4 @@ def test_short() -> None:
         return short(spread(small(), layout).layout)
 
     assert text("tp=2,sp=1") == "dp=1,pp=1,tp=2,sp=1"
-    assert text("dp=3,pp=2,schedule=zb-h1,recompute=1") == "dp=3,pp=2,tp=1,schedule=zb-h1,recompute=1"
+    assert text("dp=3,pp=2,schedule=zb-h1,recompute=full") == "dp=3,pp=2,tp=1,schedule=zb-h1,recompute=full"
