@@ -1,7 +1,7 @@
 """The maths on local arrays: one function a kernel, forward and backward twins.
 
-``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference`` is the specification of every kernel
-and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overriding.
+``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, and ``update`` for optimizers, are the
+specification of every kernel and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overriding.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, update
 
 
 class KernelSet:
-    """The functions of ``reference``, and in place of some those of ``overrides``."""
+    """The functions of the specification, and in place of some those of ``overrides``."""
 
-    def __init__(self, overrides: ModuleType) -> None:
-        for module in (reference, overrides):
+    def __init__(self, *overrides: ModuleType) -> None:
+        for module in (reference, update, *overrides):
             functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
             vars(self).update({k: v for k, v in functions.items() if v.__module__ == module.__name__})
 
@@ -27,7 +27,7 @@ class KernelSet:
         raise AttributeError(f"there is no kernel {name!r}")
 
 
-CPU, CUDA = KernelSet(cpu), KernelSet(cuda)
+REFERENCE, CPU, CUDA = KernelSet(), KernelSet(cpu), KernelSet(cuda)
 
 
 def of(x: Array) -> KernelSet:

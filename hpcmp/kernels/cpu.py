@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from . import reference
+from . import reference, update
 
 _BLOCK = 1 << 15  # elements of a block: with a few temporaries of it, about the second-level cache
 
@@ -50,7 +50,7 @@ def adamw(
     v: NDArray[np.floating],
     **settings: float,
 ) -> None:
-    """See ``reference.adamw``."""
+    """See ``update.adamw``."""
     for a in range(0, data.size, _BLOCK):
         b = a + _BLOCK
-        reference.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], **settings)  # type: ignore[arg-type]
+        update.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], **settings)  # type: ignore[arg-type]

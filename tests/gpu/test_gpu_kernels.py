@@ -9,8 +9,7 @@ import pytest
 
 from hpcmp import kernels, random
 from hpcmp.arrays import to_host
-from hpcmp.kernels import reference
-from tests.kernels.test_kernels import ADAMW, CALLS, SIZES, Sizes, run
+from tests.kernels.test_kernels import CALLS, SETTINGS, SIZES, Sizes, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -36,9 +35,9 @@ def test_every_kernel_does_as_the_reference_does_on_the_host(
 
     arguments = CALLS[name](Sizes(*size, dtype))
     wide = [v.astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == dtype else v for v in arguments]
-    expected = run(reference, name, wide)
+    expected = run(kernels.REFERENCE, name, wide)
     on_gpu = [put(v, contiguous) for v in arguments]
-    result = getattr(kernels.of(cupy.empty(0)), name)(*on_gpu, **(ADAMW if name == "adamw" else {}))
+    result = getattr(kernels.of(cupy.empty(0)), name)(*on_gpu, **SETTINGS.get(name, {}))
     results = list(result) if isinstance(result, tuple) else [] if result is None else [result]
     found = [*results, *(v for v in on_gpu if isinstance(v, cupy.ndarray))]
     tolerance = 2e-5 if dtype == np.float32 else 1e-12

@@ -1,0 +1,74 @@
+"""The specification of the optimizers' kernels, as ``reference`` is of the others': flat arrays, in place.
+
+Every function takes g = grad_scale * grad for its gradient. Arrays are of one dtype, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..arrays import Array, array_module
+
+_NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+
+
+def adamw(
+    data: Array, grad: Array, m: Array, v: Array, *, step: int, rate: float, betas: tuple[float, float], epsilon: float,
+    decay: float, grad_scale: float,
+) -> None:  # fmt: skip
+    """One step of AdamW.
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,
+    data <- data - rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + decay data)
+
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
+    """
+    update = adam_update(grad, m, v, step=step, betas=betas, epsilon=epsilon, grad_scale=grad_scale)
+    data -= rate * (update + decay * data)
+
+
+def adam_update(
+    grad: Array, m: Array, v: Array, *, step: int, betas: tuple[float, float], epsilon: float, grad_scale: float
+) -> Array:
+    """The direction of Adam, before the learning rate; the moments move on. Kingma and Ba, 2015, algorithm 1."""
+    xp = array_module(grad)
+    b1, b2 = betas
+    g = grad * grad.dtype.type(grad_scale)
+    m *= b1
+    m += (1 - b1) * g
+    v *= b2
+    v += (1 - b2) * g * g
+    return m / (1 - b1**step) / (xp.sqrt(v / (1 - b2**step)) + epsilon)
+
+
+def sgd(data: Array, grad: Array, m: Array, *, rate: float, momentum: float, decay: float, grad_scale: float) -> None:
+    """One step of gradient descent with momentum: m <- momentum m + g, data <- data - rate (m + decay data).
+
+    Polyak, 1964; the decay is decoupled, as in Loshchilov and Hutter, 2019, algorithm 1.
+    """
+    m *= momentum
+    m += grad * grad.dtype.type(grad_scale)
+    data -= rate * (m + decay * data)
+
+
+def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float) -> Array:
+    """m <- momentum m + g; g + momentum m: the gradient as it would be a step further on. Nesterov, 1983."""
+    g = grad * grad.dtype.type(grad_scale)
+    m *= momentum
+    m += g
+    return g + momentum * m
+
+
+def orthogonalise(x: Array, steps: int = 5, epsilon: float = 1e-7) -> Array:
+    """About U V^T of x = U S V^T, (rows, columns): every singular value brought near 1, between 0.7 and 1.2.
+
+    With A = X X^T:  X <- a X + (b A + c A A) X, ``steps`` times, from X = x / |x|. Jordan et al., "Muon", 2024.
+    """
+    xp = array_module(x)
+    a, b, c = _NEWTON_SCHULZ
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    y = wide / (math.sqrt(float(xp.square(wide, dtype="float64").sum())) + epsilon)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return y if x.shape[0] <= x.shape[1] else y.T

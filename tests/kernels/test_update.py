@@ -1,0 +1,62 @@
+"""The optimizers' kernels against their papers, number by number."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hpcmp.kernels import update
+
+RNG = np.random.default_rng
+
+
+def test_adamw_is_the_papers_algorithm() -> None:
+    """Number by number, over three steps from zero moments."""
+    rng, decay, rate, (b1, b2) = RNG(3), 0.1, 0.02, (0.9, 0.95)
+    data, m, v = rng.normal(size=5), np.zeros(5), np.zeros(5)
+    expected = [(float(x), 0.0, 0.0) for x in data]
+    for step in (1, 2, 3):
+        grad = rng.normal(size=5)
+        update.adamw(data, grad, m, v, step=step, rate=rate, betas=(b1, b2), epsilon=1e-8, decay=decay, grad_scale=0.5)
+        for i, (w, mi, vi) in enumerate(expected):
+            g = 0.5 * grad[i]
+            mi, vi = b1 * mi + (1 - b1) * g, b2 * vi + (1 - b2) * g * g
+            direction = (mi / (1 - b1**step)) / (math.sqrt(vi / (1 - b2**step)) + 1e-8)
+            expected[i] = w - rate * (direction + decay * w), mi, vi
+        np.testing.assert_allclose(np.stack([data, m, v], 1), expected, rtol=1e-13)
+
+
+def test_sgd_with_momentum() -> None:
+    """Three steps from zero momentum: w - rate (sum of the gradients, each times momentum to its age)."""
+    rng = RNG(1)
+    data, m, grads = rng.normal(size=5), np.zeros(5), rng.normal(size=(3, 5))
+    expected = data.copy()
+    for step in range(3):
+        update.sgd(data, grads[step], m, rate=0.1, momentum=0.9, decay=0.01, grad_scale=2.0)
+        velocity = sum(0.9 ** (step - i) * 2 * grads[i] for i in range(step + 1))
+        expected = expected - 0.1 * (velocity + 0.01 * expected)
+        np.testing.assert_allclose(data, expected, rtol=1e-13)
+
+
+def test_nesterov_looks_a_step_ahead() -> None:
+    m, g = np.array([2.0, -1.0]), np.array([0.5, 4.0])
+    ahead = update.nesterov(g, m, momentum=0.5, grad_scale=1.0)
+    np.testing.assert_array_equal(m, [1.5, 3.5])
+    np.testing.assert_array_equal(ahead, [0.5 + 0.75, 4 + 1.75])
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 4)])
+def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions(shape: tuple[int, int]) -> None:
+    x = RNG(shape).normal(size=shape)
+    y = update.orthogonalise(x)
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    inner = u.T @ y @ vt.T
+    np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-12)
+    assert (np.diag(inner) > 0.6).all() and (np.diag(inner) < 1.3).all()
+
+
+def test_orthogonalise_of_nothing_is_nothing() -> None:
+    assert not update.orthogonalise(np.zeros((3, 4))).any()
+    assert update.orthogonalise(np.zeros((0, 4))).shape == (0, 4)
