@@ -231,25 +231,3 @@ def square_sum(x: Array) -> float:
     """sum x^2, accumulated in float64."""
     xp = array_module(x)
     return float(xp.square(x, dtype="float64").sum()) if x.size else 0.0
-
-
-def adamw(
-    data: Array, grad: Array, m: Array, v: Array, *, step: int, rate: float, betas: tuple[float, float], epsilon: float,
-    decay: float, grad_scale: float,
-) -> None:  # fmt: skip
-    """One step of AdamW, in place on flat arrays; g = grad_scale * grad.
-
-    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,
-    data <- data - rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + decay data)
-
-    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
-    """
-    xp = array_module(data)
-    b1, b2 = betas
-    g = grad * data.dtype.type(grad_scale)
-    m *= b1
-    m += (1 - b1) * g
-    v *= b2
-    v += (1 - b2) * g * g
-    update = m / (1 - b1**step) / (xp.sqrt(v / (1 - b2**step)) + epsilon)
-    data -= rate * (update + decay * data)
