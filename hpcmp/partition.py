@@ -9,8 +9,6 @@ knows every other rank's share without asking.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,27 +37,3 @@ def zigzag(n: int, parts: int, i: int) -> NDArray[np.int64]:
     """
     first, last = part(n, 2 * parts, i), part(n, 2 * parts, 2 * parts - 1 - i)
     return np.concatenate([np.arange(s.start, s.stop) for s in ((first, last) if parts > 1 else (slice(0, n),))])
-
-
-def rectangles(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
-    """Elements [start, stop) of an array of ``shape``, numbered in C order, as hyperslabs that follow one another.
-
-    At most 2 len(shape) - 1 of them: a first part of a row, whole rows, a last part of a row, and so on inwards. The
-    elements of each are one run of the numbering.
-    """
-    if start >= stop:
-        return []
-    if len(shape) <= 1:
-        return [tuple(slice(start, stop) for _ in shape)]
-    width = math.prod(shape[1:])
-    first, last = -(-start // width), stop // width  # rows that are whole
-    if first > last:  # within one row
-        return _within(last, shape, start, stop)
-    whole = [(slice(first, last), *(slice(0, n) for n in shape[1:]))] if first < last else []
-    return [*_within(first - 1, shape, start, first * width), *whole, *_within(last, shape, last * width, stop)]
-
-
-def _within(row: int, shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
-    """``rectangles`` of elements that all lie in one row."""
-    before = row * math.prod(shape[1:])
-    return [(slice(row, row + 1), *rest) for rest in rectangles(shape[1:], start - before, stop - before)]

@@ -33,18 +33,6 @@ def test_with_fewer_things_than_ranks_the_last_have_none() -> None:
     assert partition.split(2, 4) == [slice(0, 1), slice(1, 2), slice(2, 2), slice(2, 2)]
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (3, 1, 2, 2), (4, 1), (1, 6), ()])
-def test_a_range_of_an_array_is_a_few_rectangles(shape: tuple[int, ...]) -> None:
-    """Every range: its elements in order, each rectangle one run of them, and no more rectangles than needed."""
-    numbers = np.arange(int(np.prod(shape))).reshape(shape)
-    for start in range(numbers.size + 1):
-        for stop in range(start, numbers.size + 1):
-            found = partition.rectangles(shape, start, stop)
-            runs = [numbers[index].reshape(-1) for index in found]
-            np.testing.assert_array_equal(np.concatenate([*runs, np.zeros(0, int)]), np.arange(start, stop))
-            assert len(found) <= max(1, 2 * len(shape) - 1) and all(run.size for run in runs)
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("n", [0, 1, 3, 8, 13, 32])
 def test_zigzag_parts_tile_and_cost_a_causal_layer_the_same(n: int, parts: int) -> None:
