@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .. import kernels, partition
-from ..arrays import Array, array_module
-from ..cursor import Cursor
+from ..arrays import Array, array_module, wide
+from ..cursor import Place
 from ..module import Module
 from ..wgrad import WGrad
+from .context import SUM, HeadExchange, Ring
 from .dropout import attention_mask
+from .parallel import ModelParallel
+
+#: A dropout mask for a range of query heads.
+Keep = Callable[[slice], Array | None]
 
 
 @dataclass(frozen=True)
 class Heads:
     """Which heads a rank computes: query head i reads key-value head i // (query / key_value).
 
-    Query heads are shared evenly over the ranks, whether or not that cuts a group: a key-value head that several ranks
-    read is held by each of them and owned by the first. ``blocks`` are the (query heads, key-value heads) ranges, in
-    this rank's own numbering, within which every key-value head serves equally many query heads: three at most.
+    Query heads (all, or those ``within``) are shared evenly over the ranks, whether or not that cuts a group: a
+    key-value head that several ranks read is held by each of them and owned by the first. ``blocks`` are the (query
+    heads, key-value heads) ranges, in this rank's own numbering, within which every key-value head serves equally many
+    query heads: three at most.
     """
 
     query: int
     key_value: int
     ranks: int = 1
     rank: int = 0
+    within: slice | None = None
 
     @property
     def group(self) -> int:
@@ -35,7 +43,7 @@ class Heads:
     @property
     def queries(self) -> slice:
         """This rank's query heads."""
-        return partition.part(self.query, self.ranks, self.rank)
+        return self._queries(self.rank)
 
     @property
     def key_values(self) -> slice:
@@ -52,7 +60,7 @@ class Heads:
     @property
     def overlaps(self) -> bool:
         """Whether any key-value head is read by several ranks."""
-        return any(q.start % self.group for q in partition.split(self.query, self.ranks) if q.stop > q.start)
+        return any(q.start % self.group for q in map(self._queries, range(self.ranks)) if q.stop > q.start)
 
     def blocks(self) -> list[tuple[slice, slice]]:
         """See the class."""
@@ -63,16 +71,31 @@ class Heads:
             for a, b in zip(cuts, cuts[1:], strict=False)
         ]
 
+    def shares(self, ranks: int) -> list[Heads]:
+        """This rank's query heads, shared again over ``ranks``."""
+        return [Heads(self.query, self.key_value, ranks, r, self.queries) for r in range(ranks)]
+
+    def local(self, share: Heads) -> tuple[slice, slice]:
+        """The query heads and the key-value heads of one of ``shares``, in this rank's own numbering."""
+        pairs = (share.queries, self.queries.start), (share.key_values, self.key_values.start)
+        queries, key_values = (slice(max(0, s.start - first), max(0, s.stop - first)) for s, first in pairs)
+        return queries, key_values
+
+    def _queries(self, rank: int) -> slice:
+        whole = self.within or slice(0, self.query)
+        part = partition.part(whole.stop - whole.start, self.ranks, rank)
+        return slice(whole.start + part.start, whole.start + part.stop)
+
 
 class Rope(Module):
     """Rotary positions: each pair of a query's and a key's numbers turns by position * theta^(-2i/d).
 
-    x = (q (S, batch, n, d), kv (S, batch, k, 2, d)), whole sequences of this rank's heads; values pass unchanged.
-    Su et al., "RoFormer", 2021, equation 15.
+    x = (q (s, batch, n, d), kv (s, batch, k, 2, d)), this rank's heads at its positions, ``parallel.context()``; values
+    pass unchanged. Su et al., "RoFormer", 2021, equation 15.
     """
 
-    def __init__(self, head_size: int, theta: float = 10000.0) -> None:
-        self.head_size, self.theta = head_size, theta
+    def __init__(self, parallel: ModelParallel, head_size: int, theta: float = 10000.0) -> None:
+        self.parallel, self.head_size, self.theta = parallel, head_size, theta
 
     def forward(self, x: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         return self._turn(x, 1), None
@@ -84,51 +107,105 @@ class Rope(Module):
         q, kv = x
         xp, rope = array_module(q), kernels.of(q).rope
         frequency = self.theta ** (-xp.arange(0, self.head_size, 2) / self.head_size)
-        angle = xp.arange(q.shape[0])[:, None, None, None] * frequency
+        angle = xp.asarray(self.parallel.context())[:, None, None, None] * frequency
         cos, sin = xp.cos(angle).astype(q.dtype), (sign * xp.sin(angle)).astype(q.dtype)
         turned = xp.empty_like(kv)
         turned[..., 0, :], turned[..., 1, :] = rope(kv[..., 0, :], cos, sin), kv[..., 1, :]
         return rope(q, cos, sin), turned
 
 
+def attention_core(heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> Module:
+    """``CausalAttention`` over the whole sequence, x = (q, kv) holding this rank's positions of it: ``context()``.
+
+    Over ulysses the ranks exchange heads for positions, over the ring the keys and values travel.
+    """
+    ulysses, shares = parallel.ulysses, heads.shares(parallel.ulysses.size)
+    core = CausalAttention(shares[ulysses.rank], parallel, dropout, name)
+    if ulysses.size == 1:
+        return core
+    queries, key_values = zip(*map(heads.local, shares), strict=True)
+    return HeadExchange(ulysses, queries, key_values, lambda: len(parallel.ring_context()), core)
+
+
 class CausalAttention(Module):
     """o = softmax(q k^T / sqrt(d), keys up to the query's own position) v, with dropout on the probabilities.
 
-    x = (q (S, batch, n, d), kv (S, batch, k, 2, d)) -> o (S, batch, n, d), n and k this rank's heads. Keeps q, kv, o
-    and a number per row; backward makes the probabilities again.
+    x = (q (s, batch, n, d), kv (s, batch, k, 2, d)) -> o (s, batch, n, d), n and k this rank's heads, s its positions,
+    ``parallel.ring_context()``: all of them on a ring of one. The keys and values of the other ranks come round the
+    ring, each block on its way while the one before is computed; their gradients follow, a hop behind, and come home
+    with the last one. Keeps q, kv, o and a number per row; backward makes the probabilities again. The result depends
+    on the size of the ring in rounding alone. Liu, Zaharia and Abbeel, 2023, algorithm 1, with the positions of a rank
+    as in ``Ring``.
     """
 
-    def __init__(self, heads: Heads, cursor: Cursor, dropout: float = 0.0, name: str = "attention") -> None:
-        self.heads, self.cursor, self.dropout, self.name = heads, cursor, dropout, name
+    def __init__(self, heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> None:
+        self.heads, self.cursor, self.dropout, self.name = heads, parallel.cursor, dropout, name
+        self.ring = Ring(parallel.ring, lambda: parallel.cursor.place.length)
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
         q, kv = x
-        k = kernels.of(q)
         place = self.cursor.place
-        o, lse = array_module(q).empty_like(q), []
-        for qs, ks in self.heads.blocks():
-            keep = self._mask(place, q, qs)
-            o[:, :, qs], row = k.attention(q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], self._scale(q), keep)
-            lse.append(row)
+        for peer, block in self.ring.blocks(kv):
+            queries, keys, causal = self.ring.pair(peer)
+            part, row = self._forward(q[queries], block[keys], causal, self._keep(place, peer, q))
+            if causal:  # this rank's own block, which comes first
+                o, lse = part.astype(wide(q.dtype), copy=False), row
+            else:
+                more = part.astype(o.dtype, copy=False), row
+                o[queries], lse[..., queries] = kernels.of(o).merge_attention(o[queries], lse[..., queries], *more)
+        o = o.astype(q.dtype, copy=False)
         return o, (q, kv, o, lse, place)
 
     def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> tuple[Array, Array]:
         q, kv, o, lse, place = saved
+        carried = None  # the gradient of the block at hand, from the ranks that had it before
+        for peer, block in self.ring.blocks(kv):
+            queries, keys, causal = self.ring.pair(peer)
+            rows = (dy[queries], q[queries], o[queries], lse[..., queries])
+            part, gradient = self._backward(*rows, block[keys], causal, self._keep(place, peer, q))
+            if causal:
+                dq, own = part.astype(wide(q.dtype), copy=False), gradient
+                continue
+            dq[queries] += part
+            total = array_module(q).zeros_like(block) if carried is None else carried.wait()
+            total[keys] += gradient
+            carried = self.ring.hop(total, peer, SUM)
+        return dq.astype(q.dtype, copy=False), own if carried is None else own + carried.wait()
+
+    def _forward(self, q: Array, kv: Array, causal: bool, keep: Keep) -> tuple[Array, Array]:
+        """Attention to one block of keys and values, and the log-sum-exp of its rows."""
+        k, xp = kernels.of(q), array_module(q)
+        o, lse = xp.empty_like(q), xp.empty((q.shape[1], q.shape[2], q.shape[0]), wide(q.dtype))
+        for qs, ks in self.heads.blocks():
+            o[:, :, qs], lse[:, qs] = k.attention(
+                q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], self._scale(q), keep(qs), causal
+            )
+        return o, lse
+
+    def _backward(
+        self, dy: Array, q: Array, o: Array, lse: Array, kv: Array, causal: bool, keep: Keep
+    ) -> tuple[Array, Array]:
+        """This block's part of dq, and the part of its own gradient that these queries make."""
         k, xp = kernels.of(q), array_module(q)
         dq, dkv = xp.empty_like(q), xp.zeros_like(kv)
-        for (qs, ks), row in zip(self.heads.blocks(), lse, strict=True):
-            keep = self._mask(place, q, qs)
-            dq[:, :, qs], dk, dv = k.attention_backward(
-                dy[:, :, qs], q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], o[:, :, qs], row, self._scale(q), keep
-            )
+        for qs, ks in self.heads.blocks():
+            here = (dy[:, :, qs], q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], o[:, :, qs], lse[:, qs])
+            dq[:, :, qs], dk, dv = k.attention_backward(*here, self._scale(q), keep(qs), causal)
             dkv[:, :, ks, 0] += dk  # a key-value head may be read from two blocks
             dkv[:, :, ks, 1] += dv
         return dq, dkv
 
-    def _mask(self, place: Any, q: Array, local: slice) -> Array | None:
-        first = self.heads.queries.start
-        heads = slice(first + local.start, first + local.stop)
-        return attention_mask(self.dropout, self.name, self.cursor, place, q.shape[:2], heads, q)
+    def _keep(self, place: Place, peer: int, like: Array) -> Keep:
+        """The dropout mask of some of this rank's query heads, for its queries and the keys of ``peer``."""
+        queries, keys, _ = self.ring.pair(peer)
+        positions = self.ring.positions(self.ring.comm.rank)[queries], self.ring.positions(peer)[keys]
+
+        def keep(local: slice) -> Array | None:
+            first = self.heads.queries.start
+            heads = slice(first + local.start, first + local.stop)
+            return attention_mask(self.dropout, self.name, self.cursor, place, *positions, heads, like)
+
+        return keep
 
     @staticmethod
     def _scale(q: Array) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from hpcmp import partition, random, wgrad
 from hpcmp.arrays import Array
-from hpcmp.layers.attention import CausalAttention, Heads, Rope
+from hpcmp.layers.attention import CausalAttention, Heads, Rope, attention_core
 from hpcmp.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from hpcmp.layers.norm import RMSNorm
 from hpcmp.layers.parallel import ModelParallel
@@ -90,12 +90,12 @@ def attention(p: ModelParallel, heads: int, kv: int, *, dropout: float = 0.0, ro
     layers: dict[str, Module] = {
         "norm": RMSNorm(p, 6),
         "qkv": ColumnParallelLinear(p, 6, outputs, bias=True, initial=normal(0.5)),
-        "core": CausalAttention(h, p.cursor, dropout, "core"),
+        "core": attention_core(h, p, dropout, "core"),
         "out": RowParallelLinear(p, (heads, D), 6, bias=True, initial=normal(0.3)),
     }
     if rope:
         layers = {
-            k: v for name in ("norm", "qkv", "rope", "core", "out") for k, v in [(name, layers.get(name, Rope(D)))]
+            k: v for name in ("norm", "qkv", "rope", "core", "out") for k, v in [(name, layers.get(name, Rope(p, D)))]
         }
     return Residual(**layers)
 
@@ -138,7 +138,7 @@ def test_core_gradients_of_any_rank(heads: int, kv: int, ranks: int, rank: int, 
     h = Heads(heads, kv, ranks, rank)
     queries, groups = h.queries.stop - h.queries.start, h.key_values.stop - h.key_values.start
     Case(
-        lambda p: CausalAttention(h, p.cursor, dropout, "core"),
+        lambda p: CausalAttention(h, p, dropout, "core"),
         x=lambda s: (draw(s, BATCH, queries, D), draw(s, BATCH, groups, 2, D)),
     ).check_serial()
 
@@ -156,7 +156,7 @@ def expected_attention(q: Array, kv: Array, group: int, mask: Array) -> Array:
 
 def test_core_is_softmax_attention() -> None:
     q, kv = draw(5, BATCH, 6, D), draw(5, BATCH, 3, 2, D)
-    core = CausalAttention(Heads(6, 3), place(5).cursor)
+    core = CausalAttention(Heads(6, 3), place(5))
     np.testing.assert_allclose(
         core.forward((q, kv))[0], expected_attention(q, kv, 2, np.ones((BATCH, 6, 5, 5))), rtol=1e-12, atol=1e-14
     )
@@ -172,14 +172,14 @@ def test_core_dropout_is_by_sample_head_query_and_key() -> None:
         word = random.bits(key, np.array(t), np.array(sample), slice(c, c + 1), head)[0]
         mask[i, head, t, c] = (word >= 0.3 * 2**32) / 0.7
     assert 0 < (mask == 0).mean() < 1
-    core = CausalAttention(Heads(6, 3), p.cursor, 0.3, "core")
+    core = CausalAttention(Heads(6, 3), p, 0.3, "core")
     np.testing.assert_allclose(core.forward((q, kv))[0], expected_attention(q, kv, 2, mask), rtol=1e-12, atol=1e-14)
 
 
 def test_core_dropout_only_in_training() -> None:
     q, kv = draw(5, BATCH, 6, D), draw(5, BATCH, 3, 2, D)
-    plain = CausalAttention(Heads(6, 3), place(5).cursor).forward((q, kv))[0]
-    evaluated = CausalAttention(Heads(6, 3), place(5, training=False).cursor, 0.3).forward((q, kv))[0]
+    plain = CausalAttention(Heads(6, 3), place(5)).forward((q, kv))[0]
+    evaluated = CausalAttention(Heads(6, 3), place(5, training=False), 0.3).forward((q, kv))[0]
     np.testing.assert_array_equal(evaluated, plain)
 
 
@@ -187,7 +187,7 @@ def test_backward_uses_the_mask_of_its_own_forward() -> None:
     """The pipeline moves the cursor to other microbatches between a forward and its backward."""
     q, kv, dy = draw(5, BATCH, 6, D), draw(5, BATCH, 3, 2, D), draw(5, BATCH, 6, D)
     p, other = place(5), place(5, step=4, samples=np.array([1, 2]))
-    core = CausalAttention(Heads(6, 3), p.cursor, 0.3)
+    core = CausalAttention(Heads(6, 3), p, 0.3)
     expected = core.backward(dy, core.forward((q, kv))[1], wgrad.now)
     _, saved = core.forward((q, kv))
     p.cursor.place = other.cursor.place
@@ -208,9 +208,9 @@ def test_no_position_sees_a_later_one() -> None:
 
 def test_core_keeps_nothing_of_the_size_of_its_scores() -> None:
     s = 64
-    core = CausalAttention(Heads(2, 2), place(s).cursor, 0.3)
+    core = CausalAttention(Heads(2, 2), place(s), 0.3)
     _, (q, kv, o, lse, _) = core.forward((draw(s, BATCH, 2, D), draw(s, BATCH, 2, 2, D)))
-    assert sum(row.size for row in lse) == s * BATCH * 2
+    assert lse.size == s * BATCH * 2
     assert q.size + kv.size + o.size == s * BATCH * 2 * D * 4
 
 
@@ -219,7 +219,7 @@ def test_core_keeps_nothing_of_the_size_of_its_scores() -> None:
 
 def test_rope_turns_pairs_by_their_position() -> None:
     q, kv = draw(5, BATCH, 3, 6), draw(5, BATCH, 2, 2, 6)
-    (turned, turned_kv), _ = Rope(6, 100.0).forward((q, kv))
+    (turned, turned_kv), _ = Rope(place(5), 6, 100.0).forward((q, kv))
     for x, y in ((q, turned), (kv[..., 0, :], turned_kv[..., 0, :])):
         for t, pair in itertools.product(range(5), range(3)):
             angle = t * 100.0 ** (-2 * pair / 6)
@@ -230,7 +230,7 @@ def test_rope_turns_pairs_by_their_position() -> None:
 
 def test_rope_depends_on_distances_alone() -> None:
     q, k = np.tile(draw(1, 1, 1, 8), (9, 1, 1, 1)), np.tile(draw(8), (9, 1, 1, 2, 1))
-    (q, kv), _ = Rope(8).forward((q, k))
+    (q, kv), _ = Rope(place(9), 8).forward((q, k))
     scores = q[:, 0, 0] @ kv[:, 0, 0, 0].T
     for distance in range(-8, 9):
         diagonal = np.diagonal(scores, distance)
@@ -238,4 +238,4 @@ def test_rope_depends_on_distances_alone() -> None:
 
 
 def test_rope_gradients() -> None:
-    Case(lambda p: Rope(6, 100.0), x=lambda s: (draw(s, BATCH, 3, 6), draw(s, BATCH, 2, 2, 6))).check_serial()
+    Case(lambda p: Rope(p, 6, 100.0), x=lambda s: (draw(s, BATCH, 3, 6), draw(s, BATCH, 2, 2, 6))).check_serial()

@@ -22,13 +22,13 @@ def block(p: ModelParallel) -> Module:
     return Residual(
         ColumnParallelLinear(p, 6, {"weight": Output((7,))}, initial=normal(0.3)),
         RowParallelLinear(p, (7,), 6, bias=True, initial=normal(0.3)),
-        Dropout(p, 0.4, "block"),
+        Dropout(p, 6, 0.4, "block"),
     )
 
 
 CASES = {
-    "dropout": Case(lambda p: Dropout(p, 0.4, "d")),
-    "dropout of nothing": Case(lambda p: Dropout(p, 0.0, "d")),
+    "dropout": Case(lambda p: Dropout(p, 6, 0.4, "d")),
+    "dropout of nothing": Case(lambda p: Dropout(p, 6, 0.0, "d")),
     "block": Case(block),
     "recomputed": Case(lambda p: Recompute(block(p))),
 }
@@ -51,14 +51,14 @@ def test_layouts(parallel: ModelParallel, name: str) -> None:
 def test_the_mask_is_the_serial_one(parallel: ModelParallel) -> None:
     length = parallel.cursor.place.length
     ones = np.ones((length, BATCH, 6))
-    whole = Dropout(place(length), 0.4, "d").forward(ones)[0]
+    whole = Dropout(place(length), 6, 0.4, "d").forward(ones)[0]
     np.testing.assert_array_equal(
-        Dropout(parallel, 0.4, "d").forward(ones[parallel.positions()])[0], whole[parallel.positions()]
+        Dropout(parallel, 6, 0.4, "d").forward(ones[parallel.positions()])[0], whole[parallel.positions()]
     )
 
 
 def dropped(p: ModelParallel, length: int = 13, name: str = "d") -> Array:
-    return Dropout(p, 0.4, name).forward(np.ones((length, BATCH, 6)))[0]
+    return Dropout(p, 6, 0.4, name).forward(np.ones((length, BATCH, 6)))[0]
 
 
 def test_the_mask_is_by_position_sample_and_column() -> None:
@@ -87,12 +87,12 @@ def test_other_layers_and_seeds_have_other_masks() -> None:
 
 
 def test_the_mean_is_kept() -> None:
-    y = Dropout(place(200), 0.4, "d").forward(np.ones((200, BATCH, 100)))[0]
+    y = Dropout(place(200), 100, 0.4, "d").forward(np.ones((200, BATCH, 100)))[0]
     assert abs(y.mean() - 1) < 4 * np.sqrt(0.4 / 0.6 / y.size)
 
 
 def test_evaluation_keeps_everything() -> None:
-    module, x = Dropout(place(5, training=False), 0.4, "d"), draw(5, BATCH, 6)
+    module, x = Dropout(place(5, training=False), 6, 0.4, "d"), draw(5, BATCH, 6)
     y, saved = module.forward(x)
     np.testing.assert_array_equal(y, x)
     np.testing.assert_array_equal(module.backward(x, saved, wgrad.now), x)
