@@ -1,9 +1,10 @@
-"""Gradients in flat buckets, reduced while the backward still runs."""
+"""Buckets: the weights and gradients of a rank, summed while the backward still runs, and sharded by ZeRO."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,124 +12,181 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import kernels
-from ..arrays import Array
-from ..comm.base import Communicator, Pending
+from ..arrays import wide
 from ..comm.mesh import Mesh
 from ..module import Module, Parameter
+from .bucket import Bucket as Bucket
+from .pieces import Piece as Piece
+from .zero import gather_units
 
-
-class Bucket:
-    """Some parameters whose ``data`` and ``grad`` are views of two flat arrays, one after the other.
-
-    All of them owe their gradient's sum over the same group, ``comm``, and agree on weight decay. Shards that overlap
-    are not the same slab on each rank: their gradients are summed in a buffer of the whole's shape instead.
-    """
-
-    def __init__(self, parameters: list[Parameter], comm: Communicator, dtype: DTypeLike, xp: ModuleType) -> None:
-        self.parameters, self.comm = parameters, comm
-        self.decay, self.overlaps = parameters[0].decay, parameters[0].overlaps
-        size = sum(math.prod(p.local_shape) for p in parameters)
-        self.data, self.grad = xp.empty(size, dtype), xp.zeros(size, dtype)
-        for p, view, grad in zip(parameters, self.views(self.data), self.views(self.grad), strict=True):
-            p.data, p.grad = view, grad
-        self.missing = 0
-        self.pending: list[Pending] | None = None
-
-    def views(self, flat: Array) -> Iterator[Array]:
-        """``flat``, an array like ``data``, cut into one array a parameter."""
-        start = 0
-        for p in self.parameters:
-            stop = start + math.prod(p.local_shape)
-            yield flat[start:stop].reshape(p.local_shape)
-            start = stop
-
-    def start(self) -> None:
-        """Begin the sum over the group."""
-        if not self.overlaps:
-            self.pending = [self.comm.all_reduce(self.grad, out=self.grad)]
-            return
-        self.pending = []
-        for p in self.parameters:
-            whole = np.zeros_like(p.grad, shape=p.shape)  # NumPy's dispatch makes it a CuPy array where grad is one
-            whole[p.index] = p.grad
-            self.pending.append(self.comm.all_reduce(whole, out=whole))
-
-    def finish(self) -> None:
-        """Wait for the sum; ``grad`` then holds it."""
-        for p, pending in zip(self.parameters, self.pending or (), strict=False):
-            whole = pending.wait()
-            if self.overlaps:
-                p.grad[...] = whole[p.index]
-        self.pending = None
+#: How many buckets' gradients are scattered at once: without ZeRO there is nothing to scatter, and what is scattered is
+#: held besides what is filled from stage 2 on.
+_FLYING = {0: 0, 1: math.inf, 2: 2, 3: 2}
 
 
 class Buckets:
-    """Every parameter of this rank in flat buckets, in the order in which the backward completes them.
+    """Every parameter of this rank's ``stages`` in flat buckets, in the order in which the backward completes them.
 
-    A bucket's all-reduce starts as soon as the last of its gradients is complete: ``ready(module)`` counts. Groups that
-    reach across pipeline stages (tied weights) wait for ``finish``, since their ranks complete buckets in different
-    orders. Parameters of one bucket stand in the order of the backward, of at most ``size`` bytes together (one
-    parameter may be larger).
+    zero = 1 shards master weights and optimizer states over the ranks of ``mesh["shard"]`` (experts: "eshard"), 2 the
+    gradients too, 3 the weights too; copies of the shards lie along "copy" ("ecopy"). Rajbhandari et al., "ZeRO", 2020,
+    section 5. docs/zero.md says what each holds and sends.
+
+    A ``wgrad.Sink``: a bucket's sum starts as soon as the last of its gradients is complete, with zero > 1 for each
+    microbatch. Groups that reach across pipeline stages (tied weights) wait for ``finish``, since their ranks complete
+    buckets in different orders. All else is started in the order of the backward, the same on every rank of a group.
+
+    Parameters of one bucket stand in the order of the backward, of at most ``size`` bytes of gradients together (one
+    parameter may be larger), all of one stage; with zero = 3, of one child of a stage, which must be a ``Sequential``:
+    its children become ``Gathered``. dtype: of the weights that layers use; master: of gradients and master weights, by
+    default ``arrays.wide(dtype)``.
 
     Li et al., "PyTorch distributed: experiences on accelerating data parallel training", 2020, section 3.2.3.
     """
 
     def __init__(
-        self, module: Module, mesh: Mesh, *, size: float = 4 * 2**20, dtype: DTypeLike = np.float32, xp: ModuleType = np
+        self,
+        stages: Module | Sequence[Module],
+        mesh: Mesh,
+        *,
+        zero: int = 0,
+        size: float = 4 * 2**20,
+        dtype: DTypeLike = np.float32,
+        master: DTypeLike | None = None,
+        xp: ModuleType = np,
     ) -> None:
-        self.mesh = mesh
-        self.parameters = module.parameters()
-        self.buckets = [
-            Bucket(group, mesh[(*group[0].replicas, *group[0].shared)], dtype, xp)
-            for group in _groups(reversed(self.parameters), size / np.dtype(dtype).itemsize)
-        ]
-        place = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        stages = [stages] if isinstance(stages, Module) else list(stages)
+        master = np.dtype(wide(dtype) if master is None else master)
+        self.mesh, self.zero_stage = mesh, zero
+        self.parameters = _count_uses(stages)
+        units = stages
+        if zero == 3:
+            units = [child for stage in stages for _, child in stage.members() if isinstance(child, Module)]
+        self.buckets: list[Bucket] = []
+        place: dict[int, Bucket] = {}
+        for unit in reversed(units):
+            new = {id(p): p for _, _, p in unit.walk() if id(p) not in place}
+            for group in _groups(reversed(new.values()), size / master.itemsize, alone=zero > 1):
+                bucket = Bucket(group, mesh, zero=zero, dtype=dtype, master=master, xp=xp)
+                self.buckets.append(bucket)
+                place |= {id(p): bucket for p in group}
         self._held: dict[int, list[Bucket]] = {}
-        for _, holder, p in module.walk():
-            self._held.setdefault(id(holder), []).append(place[id(p)])
+        for stage in stages:
+            for _, holder, p in stage.walk():
+                self._held.setdefault(id(holder), []).append(place[id(p)])
+        self._flying: deque[Bucket] = deque()  # scattered, and not collected yet
+        self._moving: dict[Bucket, None] = {}  # sent in this step, in order
+        if zero == 3:
+            gather_units(stages, place)
         self.zero()
+
+    def initialise(self, seed: int) -> None:
+        """Give every parameter its initial value: drawn one parameter at a time, of which this rank keeps its shard.
+        Collective."""
+        for bucket in self.buckets:
+            for piece in bucket.pieces():
+                values = piece.parameter.initial(piece.parameter, seed, bucket.xp)
+                bucket.master[piece.place] = values.reshape(-1)[piece.start : piece.stop]
+        self.publish()
 
     def zero(self) -> None:
         """Forget the gradients: the next step's backward adds to zero."""
         for bucket in self.buckets:
-            bucket.grad[...] = 0
-            bucket.missing = sum(p.uses for p in bucket.parameters)
+            bucket.forget()
 
-    def ready(self, module: Any) -> None:
-        """The gradients of the parameters that ``module`` holds are complete, as far as this module adds to them."""
+    def begin(self, module: Any) -> None:
+        """Have arrays there for the gradients of what ``module`` holds."""
         for bucket in self._held.get(id(module), ()):
-            bucket.missing -= 1
+            bucket.fill()
+
+    def done(self, module: Any, final: bool) -> None:
+        """``module`` has added to the gradients of what it holds; ``final``: for the last time in this step."""
+        for bucket in self._held.get(id(module), ()):
+            bucket.filling -= 1
+            bucket.missing -= final
             if bucket.missing < 0:
                 names = ", ".join(p.name for p in bucket.parameters)
                 raise RuntimeError(f"{type(module).__name__} called wgrad more than once in a backward ({names})")
-            if bucket.missing == 0 and "ends" not in bucket.parameters[0].shared:
-                bucket.start()
-        for bucket in self.buckets:  # many an MPI makes progress only inside its calls
-            for pending in bucket.pending or ():
-                pending.test()
+            if (final and bucket.missing == 0) if self.zero_stage < 2 else bucket.filling == 0:
+                self._send(bucket)
+        for bucket in self._moving:  # many an MPI makes progress only inside its calls
+            bucket.progress()
 
     def finish(self) -> None:
         """Start what has not started, and wait for all: every ``grad`` then holds the gradient of the global batch."""
+        while self._flying:
+            self._receive(self._flying.popleft())
         for bucket in self.buckets:
             if bucket.pending is None:
+                if bucket.missing:
+                    bucket.scatter()
+                    bucket.collect()
                 bucket.start()
         for bucket in self.buckets:
             bucket.finish()
+        self._moving.clear()
+
+    def publish(self) -> None:
+        """Make the weights that layers use those of the masters, after these have changed. Collective."""
+        for before, bucket in zip([None, *self.buckets], self.buckets, strict=False):
+            bucket.publish()  # under which the one before comes in
+            if before is not None:
+                before.arrive()
+        if self.buckets:
+            self.buckets[-1].arrive()
 
     def norm(self) -> float:
         """The 2-norm of the whole model's gradient, each element counted once, whatever the layout; every rank gets it.
 
-        norm^2 = sum over tp and pp of sum over owned g^2, in float64. Collective over tp x pp.
+        norm^2 = sum over ranks of sum over owned g^2 of the shard, in float64; of copies of a shard the first counts.
+        Collective over the mesh.
         """
         total = 0.0
         for bucket in self.buckets:
+            if bucket.replicas.rank:
+                continue
             square_sum = kernels.of(bucket.grad).square_sum
             if all(p.owned == p.index for p in bucket.parameters):
                 total += square_sum(bucket.grad)
             else:
-                total += sum(square_sum(p.grad[p.owned_local]) for p in bucket.parameters)
-        whole = self.mesh["pp", "tp_y", "tp"].all_reduce(np.array([total])).wait()
-        return math.sqrt(float(whole[0]))
+                pieces = (piece.cut(bucket.grad[piece.place], piece.parameter.owned) for piece in bucket.pieces())
+                total += sum(square_sum(part) for parts in pieces for _, part in parts)
+        return math.sqrt(float(self.mesh[Mesh.axes].all_reduce(np.array([total])).wait()[0]))
+
+    def bytes(self) -> dict[str, int]:
+        """What this rank holds in ``parameters`` (weights that layers use), ``gradients`` and ``master`` weights that
+        are no view of those."""
+        held = {"parameters": 0, "gradients": 0, "master": 0}
+        for b in self.buckets:
+            held["parameters"] += 0 if b.data is None else b.data.nbytes
+            held["gradients"] += (b.grad.nbytes if b.zero > 1 else 0) + (0 if b.full is None else b.full.nbytes)
+            held["master"] += 0 if b.view else b.master.nbytes
+        return held
+
+    def _send(self, bucket: Bucket) -> None:
+        """Begin the sum of a bucket, and end those of buckets long under way, in the same order on every rank."""
+        bucket.scatter()
+        self._flying.append(bucket)
+        self._moving[bucket] = None
+        while len(self._flying) > _FLYING[self.zero_stage]:
+            self._receive(self._flying.popleft())
+
+    def _receive(self, bucket: Bucket) -> None:
+        bucket.collect()
+        if bucket.missing == 0 and bucket not in self._flying and "ends" not in bucket.shared:
+            bucket.start()
+
+
+def _count_uses(stages: Sequence[Module]) -> list[Parameter]:
+    """Every parameter of the stages once, in the order of first use; ``uses`` counts those of all stages."""
+    uses: dict[int, int] = {}
+    found: dict[int, Parameter] = {}
+    for stage in stages:
+        for p in stage.parameters():
+            found[id(p)] = p
+            uses[id(p)] = uses.get(id(p), 0) + p.uses
+    for p in found.values():
+        p.uses = uses[id(p)]
+    return list(found.values())
 
 
 def _summed(p: Parameter) -> int:
@@ -136,12 +194,15 @@ def _summed(p: Parameter) -> int:
     return math.prod(p.shape if p.overlaps else p.local_shape)
 
 
-def _groups(parameters: Iterable[Parameter], most: float) -> list[list[Parameter]]:
-    """Runs of parameters that can share a bucket: one open bucket for each kind, closed when it is full."""
+def _groups(parameters: Iterable[Parameter], most: float, alone: bool) -> list[list[Parameter]]:
+    """Runs of parameters that can share a bucket: one open bucket for each kind, closed when it is full.
+
+    alone: whether a parameter that several modules use has one of its own, to be summed after each.
+    """
     closed: list[list[Parameter]] = []
     opened: dict[tuple[Any, ...], list[Parameter]] = {}
     for p in parameters:
-        kind = (p.replicas, p.shared, p.overlaps, p.decay)
+        kind = (p.replicas, p.shared, p.overlaps, p.decay, p.matrix is None, p.name if alone and p.uses > 1 else "")
         group = opened.setdefault(kind, [])
         if group and sum(map(_summed, (*group, p))) > most:
             closed.append(group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,38 +9,46 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, Slab
 from ..errors import CheckpointError, InputError
-from ..module import Parameter
+from ..parallel.pieces import Piece
 from .config import Config
 from .engine import Engine
 
 #: What decides the meaning of the weights; dropout and the like may change between runs.
 _MODEL = (
-    "style layers hidden heads kv_heads head_size ffn vocabulary sequence tied bias norm_epsilon rope_theta".split()
-)
+    "style layers hidden heads kv_heads head_size ffn vocabulary sequence tied bias norm_epsilon rope_theta "
+    "experts experts_every experts_per_token expert_ffn shared_experts router"
+).split()
 
 
-def tensors(engine: Engine) -> Iterator[tuple[str, Parameter, Any]]:
-    """(name in the checkpoint, parameter, this rank's array) for the weights and each moment."""
-    for p in engine.buckets.parameters:
-        yield f"model/{p.name}", p, p.data
-    for kind, p, array in engine.optimizer.state():
-        yield f"optimizer/{kind}/{p.name}", p, array
+def tensors(engine: Engine) -> Iterator[tuple[str, Piece, Any]]:
+    """(name in the checkpoint, piece of a parameter, this rank's flat array of it) for the weights and each state of
+    the optimizer."""
+    for bucket in engine.buckets.buckets:
+        for piece in bucket.pieces():
+            yield f"model/{piece.parameter.name}", piece, bucket.master[piece.place]
+    for kind, piece, array in engine.optimizer.state():
+        yield f"optimizer/{kind}/{piece.parameter.name}", piece, array
 
 
 def save_slabs(engine: Engine, tokenizer: str) -> Iterator[Slab]:
-    """What this rank writes: what it owns, the replicas taking turns: all write, and nothing is written twice."""
-    dp = engine.mesh["dp"]
-    for i, (name, p, array) in enumerate(tensors(engine)):
-        if i % dp.size == dp.rank and math.prod(s.stop - s.start for s in p.owned):
-            yield Slab(name, p.shape, p.owned, array[p.owned_local])
+    """What this rank writes: what it owns, the copies taking turns: all write, and nothing is written twice."""
+    copies = {id(p): bucket.replicas for bucket in engine.buckets.buckets for p in bucket.parameters}
+    for i, (name, piece, array) in enumerate(tensors(engine)):
+        p = piece.parameter
+        if i % copies[id(p)].size == copies[id(p)].rank:
+            yield from (Slab(name, p.shape, index, part) for index, part in piece.cut(array, p.owned))
     if engine.mesh.rank == 0:
         text = np.frombuffer(tokenizer.encode(), np.uint8)
         yield Slab("tokenizer", text.shape, (slice(0, text.size),), text)
 
 
 def load_slabs(engine: Engine) -> list[Slab]:
-    """What this rank reads: all that it holds."""
-    return [Slab(name, p.shape, p.index, array) for name, p, array in tensors(engine)]
+    """What this rank reads: all that it holds; ``Buckets.publish`` then makes weights to compute with of it."""
+    return [
+        Slab(name, piece.parameter.shape, index, part)
+        for name, piece, array in tensors(engine)
+        for index, part in piece.cut(array, piece.parameter.index)
+    ]
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
@@ -54,7 +61,7 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     """Raise CheckpointError, naming every key that differs, unless the checkpoint holds this model."""
-    then, now = config_of(checkpoint).model, config.model
+    then, now = config_of(checkpoint).model.resolved(), config.model  # an older one lacks keys
     pairs = [(key, getattr(then, key), getattr(now, key)) for key in _MODEL]
     different = [f"model.{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]
     if different:

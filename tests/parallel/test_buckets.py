@@ -61,9 +61,14 @@ def test_parameters_are_views_of_flat_arrays() -> None:
 
 def test_initial_values_are_written_in_place() -> None:
     model = Sequential(Holder(Parameter((3, 4))))
-    flat = Buckets(model, Mesh(), dtype=np.float32).buckets[0].data
+    buckets = Buckets(model, Mesh(), dtype=np.float32)
+    flat = buckets.buckets[0].data
     (p,) = model.initialise(3, np.float32)
     assert np.shares_memory(p.data, flat) and flat.any()
+    before = flat.copy()
+    flat[:] = 0
+    buckets.initialise(3)
+    np.testing.assert_array_equal(flat, before)
 
 
 def test_kinds_do_not_mix() -> None:
@@ -123,10 +128,10 @@ def test_a_bucket_waits_for_every_use_of_every_parameter(started: list[Bucket]) 
     (bucket,) = buckets.buckets
     for step in range(2):
         buckets.zero()
-        buckets.ready(holders[2])
-        buckets.ready(holders[1])
+        buckets.done(holders[2], True)
+        buckets.done(holders[1], True)
         assert len(started) == step
-        buckets.ready(holders[0])
+        buckets.done(holders[0], True)
         assert started == [bucket] * (step + 1)
         buckets.finish()
         assert started == [bucket] * (step + 1)
@@ -138,11 +143,11 @@ def test_finish_starts_what_nobody_completed(started: list[Bucket]) -> None:
     assert started == buckets.buckets
 
 
-def test_ready_of_a_module_without_parameters() -> None:
+def test_done_of_a_module_without_parameters() -> None:
     model = Sequential(Holder(Parameter((2,))))
     buckets = Buckets(model, Mesh())
-    buckets.ready(model)
-    buckets.ready(None)
+    buckets.done(model, True)
+    buckets.done(None, True)
     assert buckets.buckets[0].missing == 1
 
 
@@ -152,7 +157,7 @@ def test_a_module_that_calls_wgrad_twice_is_an_error() -> None:
     buckets = Buckets(model, Mesh())
     y, saved = model.forward(0.0)
     with pytest.raises(RuntimeError, match=r"Holder called wgrad more than once in a backward \(a\)"):
-        model.backward(0.0, saved, Now(buckets.ready))
+        model.backward(0.0, saved, Now(buckets, True))
 
 
 def test_norm_is_added_up_in_float64() -> None:
@@ -189,7 +194,7 @@ def test_the_sum_starts_with_the_last_gradient_while_the_backward_runs(
     for config in every(world, style=style, bucket_mb=1e-4, microbatch=3):
         layout = short(config.layout)
         with engine(config, world) as e, monkeypatch.context() as patch:
-            uses = [(holder, id(p)) for _, holder, p in e.stage.walk()]
+            uses = [(holder, id(p)) for stage in e.stages for _, holder, p in stage.walk()]
             for kind in {type(holder) for holder, _ in uses}:
                 patch.setattr(kind, "backward_weight", noted(kind.backward_weight, before=False))  # type: ignore[attr-defined]
             events.clear()
@@ -206,7 +211,7 @@ def test_the_sum_starts_with_the_last_gradient_while_the_backward_runs(
                     assert work[-1] < at, f"{layout}: the ends' backwards take different times"
                 else:
                     assert not any(last < i < at for i in work), f"{layout}: later than it could be"
-            if any(name.startswith("blocks/") for name, _, _ in e.stage.walk()):
+            if any(name.startswith("blocks/") for stage in e.stages for name, _, _ in stage.walk()):
                 assert min(sums.values()) < work[-1], f"{layout}: nothing runs under the backward"
 
 
@@ -230,7 +235,7 @@ def test_the_sum_is_over_replicas_copies_and_overlapping_shards(world: Intracomm
                 axes = {"dp", *p.shared} | ({"pp"} if "ends" in p.shared else set())
                 whole = np.zeros(p.shape)
                 for there, parameters in everyone:
-                    if p.name in parameters and all(there[a] == here[a] for a in here if a not in axes):
+                    if p.name in parameters and all(there[a] == here[a] for a in Mesh.axes if a not in axes):
                         index, grad = parameters[p.name]
                         whole[index] += grad
                 np.testing.assert_allclose(
@@ -248,12 +253,14 @@ def test_the_ranks_of_a_group_have_the_same_buckets(world: Intracomm) -> None:
         with engine(config, world) as e:
             here = e.mesh.coordinates
             for size in (100, 300, 600, 1000, 3000):
-                buckets = Buckets(e.stage, e.mesh, size=size, dtype=np.float64).buckets
+                buckets = Buckets(e.stages, e.mesh, size=size, dtype=np.float64).buckets
                 mine = [(b.parameters[0].shared, [p.name for p in b.parameters]) for b in buckets]
                 everyone = world.allgather((here, mine))
                 for shared in {shared for shared, _ in mine}:
                     axes = {"dp", *shared} | ({"pp"} if "ends" in shared else set())
-                    group = [some for there, some in everyone if all(there[a] == here[a] or a in axes for a in here)]
+                    group = [
+                        some for there, some in everyone if all(there[a] == here[a] or a in axes for a in Mesh.axes)
+                    ]
                     lists = [[names for kind, names in some if kind == shared] for some in group]
                     assert all(names in ([], lists[0]) for names in lists), f"{short(config.layout)}, {size} bytes"
 
