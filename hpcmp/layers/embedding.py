@@ -15,7 +15,7 @@ from .parallel import ModelParallel
 
 
 class VocabularyParallelEmbedding(Module):
-    """``leave(one_hot(tokens) E)`` with E (vocabulary, h) sharded over its rows, evenly or not.
+    """``leave(one_hot(tokens) E)`` with E (vocabulary, h) sharded over its rows, evenly or not, and hidden over tp_y.
 
     tokens (S, batch), integers -> y (s, batch, h): each rank looks up the rows it holds, the rest is zero, and leaving
     sums (exactly: every sum has one term that is not zero). Tokens get no gradient.
@@ -38,11 +38,12 @@ class VocabularyParallelEmbedding(Module):
 
 
 class LearnedPositions(Module):
-    """y = x + P[position]. P (sequence, h) is whole on every rank; x (s, batch, h) may be a shard of the sequence."""
+    """y = x + P[position]. x (s, batch, h) may be a shard of the sequence; P (sequence, h) has every position, and of
+    hidden this rank's share over tp_y."""
 
     def __init__(self, parallel: ModelParallel, sequence: int, hidden: int, initial: Initial | None = None) -> None:
         self.parallel = parallel
-        self.weight = parallel.replicated(sequence, hidden, initial=initial)
+        self.weight = parallel.replicated(sequence, hidden, hidden=1, initial=initial)
 
     def forward(self, x: Array) -> tuple[Array, Any]:
         here = self.parallel.positions()
@@ -54,4 +55,4 @@ class LearnedPositions(Module):
 
     def backward_weight(self, here: NDArray[np.int64], dy: Array) -> None:
         """dP[position] += sum over the batch of dy; no position is here twice."""
-        self.weight.grad[here] += dy.sum(1)
+        self.weight.grad[here] += dy.sum(1, dtype=self.weight.grad.dtype)

@@ -29,11 +29,13 @@ class Output:
 
 
 class ColumnParallelLinear(Module):
-    """``Sequential(enter, Linear)``, overlapped: Y = X W + b, each rank making its columns of Y.
+    """``Sequential(enter, Linear, contract)``, overlapped: Y = X W + b, each rank of tp making its columns of Y.
 
-    x (s, batch, h): a shard of the sequence, or the whole (see ``ModelParallel``). Several outputs share one entry:
-    the result is then a tuple, one array (S, batch, *shape) per output. Weights are (h, *shape), biases (*shape,).
-    The backward re-enters x (keeping only the shard), starts the exit of dX, and computes dW under it.
+    x (s, batch, h): a shard of the sequence, or the whole, and of hidden this rank's share over tp_y (see
+    ``ModelParallel``), so that a rank's product is one summand of Y; b is added once, after the sum. Several outputs
+    share one entry: the result is then a tuple, one array (S, batch, *shape) per output, each summed under the next
+    one's product. Weights are (h, *shape), biases (*shape,). The backward re-enters x (keeping only the shard), starts
+    the exit of dX, and computes dW under it.
     """
 
     def __init__(
@@ -45,13 +47,13 @@ class ColumnParallelLinear(Module):
         bias: bool = False,
         initial: Initial | None = None,
     ) -> None:
-        self.enter = parallel.enter
+        self.enter, self.contract = parallel.enter, parallel.contract
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         for name, o in outputs.items():
             shard: dict[str, Any] = {"part": o.part, "owned": o.owned, "overlaps": o.overlaps}
             self.weights[name] = parallel.sharded(
-                features, *o.shape, axis=1 + o.axis, initial=initial, matrix=(0, 1), **shard
+                features, *o.shape, axis=1 + o.axis, hidden=0, initial=initial, matrix=(0, 1), **shard
             )
             if bias:
                 self.biases[_bias(name)] = parallel.sharded(
@@ -61,9 +63,10 @@ class ColumnParallelLinear(Module):
     def forward(self, x: Array) -> tuple[Any, Array]:
         whole = self.enter(x)
         k = kernels.of(x)
+        sums = [self.contract.start(k.matmul(whole, matrix(weight.data, 1))) for weight in self.weights.values()]
         ys = []
-        for name, weight in self.weights.items():
-            y = k.matmul(whole, matrix(weight.data, 1))
+        for (name, weight), pending in zip(self.weights.items(), sums, strict=True):
+            y = pending.wait()
             if self.biases:
                 y += self.biases[_bias(name)].data.reshape(-1)
             ys.append(y.reshape(*whole.shape[:-1], *weight.data.shape[1:]))
@@ -89,14 +92,15 @@ class ColumnParallelLinear(Module):
             k.add_outer(matrix(weight.grad, 1), x, dy)
             if self.biases:
                 grad = self.biases[_bias(name)].grad
-                grad += k.rows(dy).sum(0).reshape(grad.shape)
+                grad += k.rows(dy).sum(0, dtype=grad.dtype).reshape(grad.shape)
 
 
 class RowParallelLinear(Module):
-    """``Sequential(Linear, leave)``: Y = sum_r X_r W_r + b, each rank holding the rows of W for its columns of X.
+    """``Sequential(expand, Linear, leave)``: Y = sum_r X_r W_r + b, each rank r of tp holding W's rows for its X_r.
 
     x (S, batch, *shape) with ``axis`` of ``shape`` sharded; W (*shape, h); y (s, batch, h): a shard of the sequence, or
-    the whole. b is added once, after the sum.
+    the whole, and of hidden this rank's share over tp_y. b is added once, after the sum. The backward starts the sum of
+    dX over tp_y, and computes dW under it.
     """
 
     def __init__(
@@ -109,42 +113,45 @@ class RowParallelLinear(Module):
         bias: bool = False,
         initial: Initial | None = None,
     ) -> None:
-        self.leave = parallel.leave
-        self.weight = parallel.sharded(*shape, features, axis=axis, initial=initial, matrix=(0, len(shape)))
-        self.bias = parallel.replicated(features, initial=constant(0), decay=False) if bias else None
+        self.expand, self.leave = parallel.expand, parallel.leave
+        self.weight = parallel.sharded(
+            *shape, features, axis=axis, hidden=len(shape), initial=initial, matrix=(0, len(shape))
+        )
+        self.bias = parallel.replicated(features, hidden=0, initial=constant(0), decay=False) if bias else None
         self.rank = len(shape)
 
     def forward(self, x: Array) -> tuple[Array, Array]:
-        flat = matrix(x, x.ndim - self.rank, keep=True)
+        flat = matrix(self.expand(x), x.ndim - self.rank, keep=True)
         y = self.leave(kernels.of(x).matmul(flat, matrix(self.weight.data, self.rank)))
         return y if self.bias is None else y + self.bias.data, x
 
     def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
         whole = self.leave.T(dy)
-        dx = kernels.of(x).matmul_transposed(whole, matrix(self.weight.data, self.rank))
-        wgrad(self.backward_weight, x, whole, dy)
-        return dx.reshape(x.shape)
+        dx = self.expand.T.start(kernels.of(x).matmul_transposed(whole, matrix(self.weight.data, self.rank)))
+        wgrad(self.backward_weight, x, whole, dy)  # hides the sum of dX
+        return dx.wait().reshape(x.shape)
 
     def backward_weight(self, x: Array, whole: Array, dy: Array) -> None:
         """dW += X^T dY; db += sum of this rank's own dY."""
         flat = matrix(x, x.ndim - self.rank, keep=True)
         kernels.of(x).add_outer(matrix(self.weight.grad, self.rank), flat, whole)
         if self.bias is not None:
-            self.bias.grad += kernels.of(dy).rows(dy).sum(0)
+            self.bias.grad += kernels.of(dy).rows(dy).sum(0, dtype=self.bias.grad.dtype)
 
 
 class ParallelHead(Module):
-    """Vocabulary-parallel logits: ``Sequential(enter, x -> x E^T)`` with E (vocabulary, h) sharded over its rows.
+    """Vocabulary-parallel logits: ``Sequential(enter, x -> x E^T, contract)``, E (vocabulary, h) sharded over its rows.
 
-    x (s, batch, h) -> logits (S, batch, v), v this rank's rows. E may be the embedding's own table (tied weights).
+    x (s, batch, h) -> logits (S, batch, v), v this rank's rows. Of hidden, x and E have this rank's share over tp_y. E
+    may be the embedding's own table (tied weights).
     """
 
     def __init__(self, parallel: ModelParallel, table: Parameter) -> None:
-        self.enter = parallel.enter
+        self.enter, self.contract = parallel.enter, parallel.contract
         self.table = table
 
     def forward(self, x: Array) -> tuple[Array, Array]:
-        return kernels.of(x).matmul_transposed(self.enter(x), self.table.data), x
+        return self.contract(kernels.of(x).matmul_transposed(self.enter(x), self.table.data)), x
 
     def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
         whole = self.enter.start(x)

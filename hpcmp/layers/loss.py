@@ -17,8 +17,9 @@ class VocabularyParallelCrossEntropy(Module):
 
     x = (logits (S, batch, v), targets (S, batch)): v is this rank's share of a vocabulary of any size, targets are
     whole-vocabulary integers; a negative target is ignored. The result is a float64 scalar, the same on every rank of
-    tp; the caller divides by the number of tokens, by passing 1/tokens as ``dy``. Two collectives of S x batch numbers:
-    the maximum, then the sums. Shoeybi et al., "Megatron-LM", 2019, section 3.
+    tp (and of tp_y, whose ranks have the same logits); the caller divides by the number of tokens, by passing 1/tokens
+    as ``dy``. Two collectives of S x batch numbers: the maximum, then the sums. Shoeybi et al., "Megatron-LM", 2019,
+    section 3.
     """
 
     def __init__(self, parallel: ModelParallel, vocabulary: int) -> None:
@@ -37,5 +38,5 @@ class VocabularyParallelCrossEntropy(Module):
 
     def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> tuple[Array, None]:
         logits, targets, lse = saved
-        scale = (targets >= 0) * logits.dtype.type(dy)
+        scale = (targets >= 0) * lse.dtype.type(dy)  # which 16 bits may not hold
         return kernels.of(logits).cross_entropy_backward(scale, logits, targets, self.first, lse), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,16 +18,25 @@ class ModelParallel:
     """The groups of a replica, the cursor, and whether activations between layers are sharded over the sequence.
 
     tp shares each layer's heads and columns, tp_y the inner axis of its weights (3-D tensor parallelism), ring and
-    ulysses the positions of a sequence (context parallelism), ep the experts. ``ModelParallel()`` is the serial case,
-    in which every collective is the identity.
+    ulysses the positions of a sequence (context parallelism; cp is both together), ep the experts. ``ModelParallel()``
+    is the serial case, in which every collective is the identity.
 
     enter leads from the activations between layers into a column-parallel layer, leave from a row-parallel layer back:
 
         sequence parallel:  enter = AllGather over the sequence,  leave = ReduceScatter
         otherwise:          enter = Copy,                         leave = AllReduce
 
-    Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., 2022, section 4.2.2. With context parallelism
-    the sequence is this rank's ``context``: every layer but attention works on that as if it were the whole.
+    tp_y shares hidden: between layers a rank holds its share of the columns (uneven, or none), within a layer all ranks
+    of tp_y hold the same numbers. A column-parallel layer ends with contract, the sum over the parts of hidden; a
+    row-parallel layer begins with expand, after which each rank makes its own columns of hidden:
+
+        contract = AllReduce over tp_y,  expand = Copy over tp_y,  each the other's adjoint
+
+    With context parallelism the sequence is this rank's ``context``: every layer but attention works on that as if it
+    were the whole.
+
+    Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., 2022, section 4.2.2; for tp_y Singh et al., "A
+    4D hybrid algorithm to scale parallel training to thousands of GPUs", 2023.
     """
 
     def __init__(
@@ -37,14 +48,17 @@ class ModelParallel:
         tp_y: Communicator | None = None,
         ring: Communicator | None = None,
         ulysses: Communicator | None = None,
+        cp: Communicator | None = None,
         ep: Communicator | None = None,
     ) -> None:
         self.tp, self.tp_y, self.ep = tp or Solo(), tp_y or Solo(), ep or Solo()
-        self.ring, self.ulysses = ring or Solo(), ulysses or Solo()
+        self.ring, self.ulysses, self.cp = ring or Solo(), ulysses or Solo(), cp or Solo()
         self.cursor = cursor or Cursor()
         self.sequence = sequence
         self.enter: Collective = AllGather(self.tp, 0, self.length) if sequence else Copy(self.tp)
         self.leave: Collective = ReduceScatter(self.tp, 0, self.length) if sequence else AllReduce(self.tp)
+        self.contract: Collective = AllReduce(self.tp_y)
+        self.expand: Collective = Copy(self.tp_y)
 
     def ring_context(self) -> NDArray[np.int64]:
         """The positions of the whole sequence that this rank's place on the ring holds, over its ulysses group."""
@@ -65,20 +79,29 @@ class ModelParallel:
         held = self.context()
         return held[self.tp.part(len(held))] if self.sequence else held
 
-    def replicated(self, *shape: int, initial: Initial | None = None, decay: bool = True) -> Parameter:
-        """A parameter that every rank holds whole and uses on the activations between layers.
+    def replicated(
+        self, *shape: int, hidden: int | None = None, initial: Initial | None = None, decay: bool = True
+    ) -> Parameter:
+        """A parameter that every rank of tp holds alike and uses on the activations between layers.
 
         With those sharded over the sequence each rank sees only a part of its gradient, which then owes a sum over tp.
-        The first rank owns it.
+        The first rank owns it. hidden: see ``sharded``.
         """
-        owned = None if self.tp.rank == 0 else tuple(slice(0, 0) for _ in shape)
-        shared = ("tp",) if self.sequence else ()
-        return Parameter(shape, owned=owned, initial=initial, decay=decay, shared=shared)
+        index = self._index(shape, hidden)
+        return Parameter(
+            shape,
+            index,
+            owned=self._owned(index, hidden) if self.tp.rank == 0 else _none(index),
+            initial=initial,
+            decay=decay,
+            shared=("tp",) if self.sequence else (),
+        )
 
     def sharded(
         self,
         *shape: int,
         axis: int,
+        hidden: int | None = None,
         part: slice | None = None,
         owned: slice | None = None,
         overlaps: bool = False,
@@ -89,17 +112,16 @@ class ModelParallel:
     ) -> Parameter:
         """A parameter of one axis of which this rank holds ``part`` (an even share, by default) and owns ``owned``.
 
-        overlaps: whether the parts of the group overlap anywhere (the same on every rank). matrix: see Parameter.
+        hidden: the axis, if any, that is the model's hidden one: of it the rank holds its share over tp_y. Without one
+        the ranks of tp_y hold the same, and the first owns it; their gradients are whole, since what a layer computes
+        is the same on all of them. overlaps: whether the parts of the group overlap anywhere (the same on every rank).
+        matrix: see Parameter.
         """
         part = part or self.tp.part(shape[axis])
-
-        def slab(s: slice) -> Index:
-            return tuple(s if i == axis else slice(0, n) for i, n in enumerate(shape))
-
         return Parameter(
             shape,
-            slab(part),
-            owned=slab(owned or part),
+            self._index(shape, hidden, axis, part),
+            owned=self._owned(self._index(shape, hidden, axis, owned or part), hidden),
             initial=initial,
             decay=decay,
             shared=("tp",) if overlaps else (),
@@ -107,3 +129,16 @@ class ModelParallel:
             matrix=matrix,
             name=name,
         )
+
+    def _index(self, shape: tuple[int, ...], hidden: int | None, axis: int | None = None, part: Any = None) -> Index:
+        """The slab that is ``part`` of ``axis``, this rank's share over tp_y of ``hidden``, and all of the others."""
+        cuts = {axis: part} | ({} if hidden is None else {hidden: self.tp_y.part(shape[hidden])})
+        return tuple(cuts.get(i) or slice(0, n) for i, n in enumerate(shape))
+
+    def _owned(self, index: Index, hidden: int | None) -> Index:
+        """``index``, or none of it on all but the first of the ranks of tp_y where these hold the same."""
+        return index if hidden is not None or self.tp_y.rank == 0 else _none(index)
+
+
+def _none(index: Index) -> Index:
+    return tuple(slice(s.start, s.start) for s in index)

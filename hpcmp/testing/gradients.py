@@ -11,6 +11,7 @@ import numpy as np
 from .. import wgrad
 from ..arrays import Array, array_module, to_host
 from ..comm.base import Communicator, Solo
+from ..comm.mesh import Mesh
 from ..module import Module, Parameter
 from .group import Group, Host, check, complete, copy, dot, draw, leaves, pack, prepare, rms, shapes
 
@@ -21,6 +22,7 @@ def gradcheck(
     *,
     layout: str = "VV",
     comm: Communicator | None = None,
+    mesh: Mesh | None = None,
     seed: int = 0,
     elementwise: int = 32,
     step: float = 1e-5,
@@ -37,14 +39,15 @@ def gradcheck(
     the sum that it owes (``Parameter.shared``) and counted by ``owned``, so that those are checked too.
 
     x: an array or a tuple of arrays of this rank; integer arrays (tokens, targets) have no gradient. layout: of x and
-    of the output over ``comm``, such as "IV" for a column-parallel layer; without ``comm`` the check is serial. The
-    module's parameters are given values (see ``prepare``). Also asserts that forward and backward leave their inputs as
-    they were, and that weight gradients are added to what is there.
+    of the output over ``comm``, such as "IV" for a column-parallel layer; without ``comm`` the check is serial. mesh:
+    see ``equals_serial``; ``comm`` is then all of it. The module's parameters are given values (see ``prepare``). Also
+    asserts that forward and backward leave their inputs as they were, and that weight gradients are added to what is
+    there.
 
     Returns the error of x ("input") and of each parameter, relative to the size of the gradient; asserts that all are
     at most ``tolerance``.
     """
-    group = Group(comm or Solo(), array_module(leaves(x)[0]))
+    group = Group(mesh[mesh.axes] if mesh else comm or Solo(), array_module(leaves(x)[0]))
     parameters = prepare(module, seed, group.xp)
     x = copy(x)
     x_before = copy(x)
@@ -59,7 +62,7 @@ def gradcheck(
     for p in parameters:
         p.grad -= 1
 
-    vectors = _inputs(x, dx, layout[0], group) + [_parameter(p, group) for p in parameters]
+    vectors = _inputs(x, dx, layout[0], group) + [_parameter(p, group, mesh) for p in parameters]
     wholes = [vector.whole(group) for vector in vectors]
     unlike = [v.name for v, whole in zip(vectors, wholes, strict=True) if not v.agrees(whole)]
     group.agree(f"gradients differ between ranks that hold the same numbers: {unlike}" if unlike else "")
@@ -118,11 +121,11 @@ class _Vector:
         return list(np.random.default_rng((seed, self.size)).standard_normal((2, self.size)))
 
 
-def _parameter(p: Parameter, group: Group) -> _Vector:
+def _parameter(p: Parameter, group: Group, mesh: Mesh | None) -> _Vector:
     counted = np.full(p.local_shape, False)
     counted[p.owned_local] = True
     places = np.arange(math.prod(p.shape)).reshape(p.shape)[p.index]
-    return _Vector(p.name, p.data, complete(p, group.comm), places, counted, math.prod(p.shape))
+    return _Vector(p.name, p.data, complete(p, group.comm, mesh), places, counted, math.prod(p.shape))
 
 
 def _inputs(x: Any, dx: Any, layout: str, group: Group) -> list[_Vector]:

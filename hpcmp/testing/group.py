@@ -13,7 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import random
 from ..arrays import Array, array_module, to_host
-from ..comm.base import Communicator
+from ..comm.base import Communicator, Solo
+from ..comm.mesh import Mesh
 from ..module import Module, Parameter
 
 Host = NDArray[Any]
@@ -72,14 +73,19 @@ def prepare(module: Module, seed: int = 0, xp: ModuleType = np) -> list[Paramete
     return parameters
 
 
-def complete(p: Parameter, comm: Communicator) -> Host:
-    """The gradient of this rank's shard after the sum that it owes: over all shards, at each number of the whole."""
+def complete(p: Parameter, comm: Communicator, mesh: Mesh | None = None) -> Host:
+    """The gradient of this rank's shard after the sum that it owes: over all shards, at each number of the whole.
+
+    That is over the group of ``mesh`` along the parameter's ``replicas`` and ``shared`` axes; without a mesh there are
+    no replicas, and ``comm`` is the group of what is ``shared``.
+    """
     grad = to_host(p.grad)
-    if not p.shared:
+    group = mesh[(*p.replicas, *p.shared)] if mesh else comm if p.shared else Solo()
+    if group.size == 1:
         return grad
     whole = np.zeros(p.shape)
     whole[p.index] = grad
-    return Group(comm, array_module(p.grad)).sum(whole)[p.index]
+    return Group(group, array_module(p.grad)).sum(whole)[p.index]
 
 
 def leaves(value: Any) -> list[Array]:
