@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ from typing import Any, Literal
 
 from .. import __version__
 from ..comm import detect
+from ..comm.fit import divisors
+from ..comm.topology import Topology
 
 LITTLE = 2**30  # bytes of free space below which a checkpoint may not fit
 
@@ -131,6 +134,21 @@ def mpi_checks(mpi: Any, ranks: list[Facts]) -> list[Check]:
         Check("thread level", "ok", level),
         Check("CUDA-aware MPI", "warn" if detour else "ok", "yes" if aware else "no", detour),
     ]
+
+
+def node_check(topology: Topology) -> Check:
+    """Which ranks share a node, and the sizes of tp that stay within one (docs/topology.md)."""
+    sizes = topology.sizes
+    value = str(topology)
+    if len(sizes) > 1:
+        tp = [str(n) for n in divisors(math.gcd(*sizes)) if n > 1]
+        value += f"; tp = {' or '.join(tp)} stays on a node" if tp else "; no tp stays on a node"
+        value += "" if topology.in_order else "; ranks of a node are not consecutive: a mesh sorts them"
+    if "HPCMP_NODES" in os.environ:
+        advice = "unset HPCMP_NODES, which is for tests on one machine"
+        return Check("nodes", "warn", f"{value} (by HPCMP_NODES={os.environ['HPCMP_NODES']})", advice)
+    advice = "start as many ranks on every node" if len(set(sizes)) > 1 else ""
+    return Check("nodes", "warn" if advice else "ok", value, advice)
 
 
 def parallel_hdf5() -> Check:

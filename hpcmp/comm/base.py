@@ -5,7 +5,8 @@ communicator are matched by their order, which must be the same on every rank. A
 written before ``wait()`` returns, and a result may share memory with it: treat both as read-only.
 
 Shards follow ``hpcmp.partition``: contiguous and as even as can be. A call that assembles shards takes the ``total``
-of the axis, since a rank cannot tell it from its own shard alone; without it the shards are equal.
+of the axis, since a rank cannot tell it from its own shard alone; without it the shards are equal. ``traffic`` counts
+what this rank sends.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from .. import partition
 from ..arrays import Array, array_module
+from .traffic import Traffic, all_reduced
 
 Op = Literal["sum", "max"]
+
+#: What moves on operations of several messages, which MPI does not know as one: every wait of the process calls it.
+DRIVERS: list[Callable[[], None]] = []
 
 
 class Pending:
@@ -30,6 +36,9 @@ class Pending:
     def wait(self) -> Array:
         """Block until it is there; returns the array. Later calls return the same array."""
         for request in self.requests:
+            while DRIVERS and not request.Test():
+                for drive in tuple(DRIVERS):
+                    drive()
             request.Wait()
         if self.finish is not None:
             self.result = self.finish(self.result)
@@ -47,6 +56,11 @@ class Communicator(ABC):
 
     rank: int
     size: int
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What this rank has sent so far."""
+        return Traffic()
 
     @abstractmethod
     def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
@@ -82,7 +96,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
-        """To ``peer``, which must call ``recv`` with the same tag."""
+        """To ``peer``, which must call ``recv`` with the same tag.
+
+        Where arrays lie on GPUs, all messages of even tags from one rank to another are received in the order in which
+        they are sent, and all of odd tags (NCCL has no tags).
+        """
 
     @abstractmethod
     def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
@@ -141,9 +159,21 @@ class Solo(Communicator):
 class Layouts(Communicator):
     """The part that MPI and NCCL share: turning a collective along any axis into one over flat, contiguous buffers.
 
-    Subclasses move ``counts[r]`` elements per rank between one-dimensional buffers; this class moves the axis to the
-    front, cuts, joins and moves it back. An axis that is already first costs no copy.
+    Subclasses move ``counts[r]`` elements per rank between one-dimensional buffers; this class counts the traffic,
+    moves the axis to the front, cuts, joins and moves it back. An axis that is already first costs no copy.
     """
+
+    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+        self.traffic.count("all_reduce", all_reduced(x.size, self.size, self.rank) * self._summed(x))
+        return self._all_reduce(x, op, out)
+
+    def broadcast(self, x: Array, root: int = 0) -> Pending:
+        self.traffic.count("broadcast", x.nbytes if (self.rank + 1 - root) % self.size else 0)
+        return self._broadcast(x, root)
+
+    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+        self.traffic.count("send", x.nbytes)
+        return self._send(x, peer, tag)
 
     def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
         xp = array_module(x)
@@ -167,7 +197,7 @@ class Layouts(Communicator):
             incoming.append(shape)
         sent = xp.concatenate([part.reshape(-1) for part in parts])
         counts = [math.prod(shape) for shape in incoming]
-        pending = self._all_to_all(sent, [math.prod(shape) for shape in shapes], counts)
+        pending = self.all_to_all_v(sent, [math.prod(shape) for shape in shapes], counts)
 
         def join(y: Array) -> Array:
             ends = [sum(counts[: r + 1]) for r in range(self.size)]
@@ -181,20 +211,36 @@ class Layouts(Communicator):
         if len(x) != rows[self.rank]:
             raise ValueError(f"all_gather: this rank's shard has {len(x)} rows, not {rows[self.rank]}")
         width = math.prod(rest)
+        self.traffic.count("all_gather", (self.size - 1) * x.nbytes)
         pending = self._all_gather(_flat(x), [n * width for n in rows])
         return _then(pending, lambda y: y.reshape(sum(rows), *rest))
 
     def reduce_scatter_v(self, x: Array, rows: Sequence[int]) -> Pending:
         rest = x.shape[1:]
         width = math.prod(rest)
+        self.traffic.count("reduce_scatter", (x.size - rows[self.rank] * width) * self._summed(x))
         pending = self._reduce_scatter(_flat(x), [n * width for n in rows])
         return _then(pending, lambda y: y.reshape(rows[self.rank], *rest))
 
     def all_to_all_v(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Pending:
         rest = x.shape[1:]
         width = math.prod(rest)
+        self.traffic.count("all_to_all", x.nbytes - sent[self.rank] * width * x.itemsize)
         pending = self._all_to_all(_flat(x), [n * width for n in sent], [n * width for n in received])
         return _then(pending, lambda y: y.reshape(sum(received), *rest))
+
+    def _summed(self, x: Array) -> int:
+        """Bytes of an element in the messages of a sum."""
+        return int(x.itemsize)
+
+    @abstractmethod
+    def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending: ...
+
+    @abstractmethod
+    def _broadcast(self, x: Array, root: int) -> Pending: ...
+
+    @abstractmethod
+    def _send(self, x: Array, peer: int, tag: int) -> Pending: ...
 
     @abstractmethod
     def _all_gather(self, x: Array, counts: list[int]) -> Pending: ...

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
 
 from ..errors import InputError
 from .base import Communicator, Solo
+from .fit import check_cuts, divisors
+from .topology import Topology, find
+from .traffic import Traffic
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,15 +36,21 @@ class Mesh:
 
     ``mesh["dp", "tp"]`` is the group along several axes: the ranks that share this rank's place on all others. dp x cp
     x tp_z, numbered in this order, is also cut into edp x ep, for experts, and into copy x shard and ecopy x eshard (of
-    edp), for what ZeRO shards: in each the second varies fastest. One group is made of axes of one such cut. Ranks are
-    placed in C order of the axes, the last varying fastest, so that ``tp`` stays on a node.
+    edp), for what ZeRO shards: in each the second varies fastest. One group is made of axes of one such cut.
+
+    The caller's ranks are sorted by node (``topology``, found if it is not given) and then placed in C order of the
+    axes, the last varying fastest: ``tp`` stays on a node, and ``dp`` crosses nodes. ``rank`` is the number in this
+    order, the one that all groups and ``gather_objects`` go by; rank 0 is the caller's. ``spans`` tells which axes lie
+    within a node.
 
     A size that is not given is 1; a group of one needs no MPI: ``Mesh()`` is the serial mesh. The caller's communicator
-    is duplicated, never used itself; ``close`` frees all that the mesh made. A group is made when first asked for,
+    is split, never used itself; ``close`` frees all that the mesh made. A group is made when first asked for,
     which is collective over that group alone.
 
     backend: "mpi", "nccl", or "auto" (NCCL for arrays on a GPU, MPI for arrays on the host). staged: whether MPI gets
-    host copies of device arrays instead of device pointers.
+    host copies of device arrays instead of device pointers. hierarchical: whether MPI's large sums go through a node's
+    ranks first (``hierarchical.py``): "auto" where several of a node's ranks are in a group of several nodes. Raises
+    InputError for sizes that do not fit the ranks or one another.
     """
 
     axes = ("dp", "pp", "cp", "tp_z", "tp_y", "tp")
@@ -60,6 +71,8 @@ class Mesh:
         device: str = "cpu",
         backend: str = "auto",
         staged: bool = False,
+        topology: Topology | None = None,
+        hierarchical: Literal["auto", "yes", "no"] = "auto",
     ) -> None:
         self.shape = {"dp": dp, "pp": pp, "cp": cp, "tp_z": tp_z, "tp_y": tp_y, "tp": tp}
         self.size = math.prod(self.shape.values())
@@ -67,28 +80,27 @@ class Mesh:
         if self.size != have:
             product = " x ".join(f"{axis}={n}" for axis, n in self.shape.items() if n > 1 or axis in ("dp", "pp", "tp"))
             raise InputError(f"layout: {product} needs {self.size} ranks, and there are {have}")
-        data = dp * cp * tp_z
-        cuts = (("ulysses", ulysses, cp, "cp"), ("ep", ep, data, "dp x cp"), ("shard", shard, data, "dp x cp"))
-        for name, n, whole, of in cuts:
-            if whole % n:
-                fits = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-                raise InputError(f"layout: {name}={n} does not divide {of} = {whole}; {fits} would fit")
-        if shard % ep and ep % shard:
-            raise InputError(f"layout: of shard={shard} and ep={ep}, one must divide the other")
+        check_cuts(dp=dp, cp=cp, tp_z=tp_z, ulysses=ulysses, ep=ep, shard=shard)
         self.parts = {"ulysses": ulysses, "ep": ep, "shard": shard, "eshard": max(1, shard // ep)}
         self.device, self.staged = device, staged
         self.nccl = backend == "nccl" or (backend == "auto" and device == "cuda")
-        self.comm = None if comm is None else comm.Dup()
-        self.rank = 0 if comm is None else comm.rank
+        self.hierarchical = hierarchical
+        found = topology or find(comm)
+        self.topology, self.sorted = found.placed, not found.in_order
+        self.comm: MPI.Intracomm | None = None
+        if comm is not None:
+            self.comm = cast("MPI.Intracomm", comm.Split(0, found.order.index(comm.rank)))
+        self.rank = 0 if self.comm is None else self.comm.rank
+        self._places = self.place(np.arange(self.size))
         self._groups: dict[frozenset[str], Communicator] = {}
 
     @property
     def coordinates(self) -> dict[str, int]:
         """This rank's place on every axis."""
-        return self.place(self.rank)
+        return {axis: int(places[self.rank]) for axis, places in self._places.items()}
 
-    def place(self, rank: int) -> dict[str, int]:
-        """A rank's place on every axis, those of the cuts of dp x cp x tp_z and of cp included."""
+    def place(self, rank: Any) -> dict[str, Any]:
+        """A rank's place (that of each, of an array of ranks) on every axis, those of the cuts included."""
         place = {}
         for axis, n in reversed(self.shape.items()):
             rank, place[axis] = divmod(rank, n)
@@ -99,6 +111,32 @@ class Mesh:
         place["ecopy"], place["eshard"] = divmod(place["edp"], self.parts["eshard"])
         return place
 
+    def spans(self) -> dict[str, int]:
+        """Over how many nodes the groups along each axis reach, at most: 1 for an axis within a node."""
+        nodes, found = np.reshape(self.topology.nodes, tuple(self.shape.values())), {}
+        for i, axis in enumerate(self.axes):
+            along = np.sort(np.moveaxis(nodes, i, -1), -1)
+            found[axis] = 1 + int((np.diff(along) != 0).sum(-1).max())
+        return found
+
+    def describe(self) -> str:
+        """Where the mesh lies, on one line: ``4 nodes of 8 ranks: tp, cp within a node; dp over 4``."""
+        where = f"{self.topology}{', sorted by node' * self.sorted}"
+        spans = {axis: nodes for axis, nodes in self.spans().items() if self.shape[axis] > 1}
+        within = ", ".join(axis for axis in reversed(spans) if spans[axis] == 1)
+        over = [f"{axis} over {nodes}" for axis, nodes in spans.items() if nodes > 1]
+        if not over:
+            return where
+        return f"{where}: {'; '.join([f'{within} within a node', *over] if within else over)}"
+
+    def advice(self) -> str:
+        """What would keep each tp group on one node, if some groups are cut by the end of one; "" if all is well."""
+        tp, common = self.shape["tp"], math.gcd(*self.topology.sizes)
+        if self.spans()["tp"] == 1 or tp > max(self.topology.sizes):
+            return ""
+        fits = ", ".join(str(n) for n in divisors(common) if n > 1) or "no size but 1"
+        return f"layout.tp = {tp} crosses nodes, which is slow: {self.topology}; {fits} would stay within them"
+
     def __getitem__(self, axes: str | tuple[str, ...]) -> Communicator:
         names = frozenset((axes,) if isinstance(axes, str) else axes)
         if names not in self._groups:
@@ -107,24 +145,32 @@ class Mesh:
 
     def members(self, axes: frozenset[str]) -> list[int]:
         """The ranks of this rank's group along ``axes``, in order."""
-        free, basis = set(axes) - {"ends"}, set(self.axes)
-        for parts, whole in _CUTS:
-            if free & set(parts):
-                basis = basis - set(whole) | set(parts)
-        if unknown := free - basis:
-            raise ValueError(f"mesh: no group along {sorted(axes)}: {sorted(unknown)} is no axis, or not of one cut")
-        here, last = self.coordinates, self.shape["pp"] - 1
+        free, here, last = set(axes) - {"ends"}, self.coordinates, self.shape["pp"] - 1
+        cut = next((cut for cut in _CUTS if free <= {*cut, *_OTHERS}), None)
+        if cut is None:
+            raise ValueError(f"mesh: no group along {sorted(axes)}: not all are axes, or not of one cut")
+        mine = np.ones(self.size, bool)
         if "ends" in axes:
             if here["pp"] not in (0, last):
                 raise ValueError("mesh: a rank between the ends of the pipeline is in no group along 'ends'")
             free.add("pp")
-        places = ((rank, self.place(rank)) for rank in range(self.size))
-        return [
-            rank
-            for rank, place in places
-            if all(place[axis] == here[axis] for axis in basis - free)
-            and ("ends" not in axes or place["pp"] in (0, last))
-        ]
+            mine = np.isin(self._places["pp"], (0, last))
+        for axis in {*cut, *_OTHERS} - free:
+            mine &= self._places[axis] == here[axis]
+        return [int(rank) for rank in np.flatnonzero(mine)]
+
+    def traffic(self) -> dict[tuple[str, ...], Traffic]:
+        """What this rank has sent since ``forget_traffic``, by the axes of the group: see ``traffic.py``."""
+        found = {}
+        for names, group in self._groups.items():
+            if group.traffic:
+                found[tuple(axis for axis in _NAMES if axis in names)] = Traffic(group.traffic)
+        return found
+
+    def forget_traffic(self) -> None:
+        """Count from here on."""
+        for group in self._groups.values():
+            group.traffic.clear()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small Python objects of every rank, in order (control plane: sizes, digests, error texts; never arrays)."""
@@ -149,11 +195,17 @@ class Mesh:
     def _make(self, ranks: list[int]) -> Communicator:
         if len(ranks) == 1 or self.comm is None:
             return Solo()
+        from .hierarchical import LEAST, HierarchicalCommunicator, worthwhile
         from .mpi import MpiCommunicator
 
         group = self.comm.group.Incl(ranks)
-        made = MpiCommunicator(self.comm.Create_group(group), staged=self.staged)
+        comm = self.comm.Create_group(group)
         group.Free()
+        nodes = [self.topology.nodes[rank] for rank in ranks]
+        if not self.nccl and worthwhile(nodes, self.hierarchical):
+            least = 0 if self.hierarchical == "yes" else LEAST
+            return HierarchicalCommunicator(comm, nodes, staged=self.staged, least=least)
+        made = MpiCommunicator(comm, staged=self.staged)
         if not self.nccl:
             return made
         from .nccl import NcclCommunicator
@@ -161,10 +213,7 @@ class Mesh:
         return NcclCommunicator(made)
 
 
-#: Axes that stand for others in a group: (the parts, what they are a cut of).
-_CUTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("ring", "ulysses"), ("cp",)),
-    (("edp", "ep"), DATA),
-    (("copy", "shard"), DATA),
-    (("ecopy", "eshard", "ep"), DATA),
-)
+#: The ways to cut dp x cp x tp_z: a group along some of these axes is along axes of one of the cuts.
+_CUTS = (DATA, ("dp", "ring", "ulysses", "tp_z"), ("edp", "ep"), ("copy", "shard"), ("ecopy", "eshard", "ep"))
+_OTHERS = ("pp", "tp_y", "tp")
+_NAMES = tuple(dict.fromkeys((*Mesh.axes, "ends", *(axis for cut in _CUTS for axis in cut))))

@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays import Array, array_module
-from .base import Layouts, Op, Pending
+from ..arrays import Array, array_module, is_half, wide
+from .base import Layouts, Op, Pending, _then
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX}
 _TAG = 32767  # of all_to_all's messages: the largest that every MPI has, left to it by the callers of send and recv
+
+
+def bits(x: Array) -> Array:
+    """``x`` as MPI moves it: float16 and bfloat16, for which MPI has no type, as the integers of their bits."""
+    return x.view(np.uint16) if is_half(x.dtype) else x
 
 
 def settled(x: Array) -> Array:
@@ -81,7 +86,10 @@ class MpiCommunicator(Layouts):
         self.rank, self.size = comm.rank, comm.size
         self.transport: Direct = Staged() if staged else Direct()
 
-    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+    def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending:
+        if is_half(x.dtype):  # reduced in float32, and rounded once
+            whole = self._all_reduce(x.astype(wide(x.dtype)), op, None)
+            return _then(whole, lambda y: _into(out, y.astype(x.dtype)))
         move = self.transport
         send = move.outgoing(x)
         in_place = out is x and send is x
@@ -93,53 +101,54 @@ class MpiCommunicator(Layouts):
         ]
 
         def finish(buffer: Array) -> Array:
-            y = move.arrived(buffer, x)
-            if out is None or out is y:
-                return y
-            out[...] = y
-            return out
+            return _into(out, move.arrived(buffer, x))
 
         return Pending(recv, requests, finish, send)
 
-    def broadcast(self, x: Array, root: int = 0) -> Pending:
+    def _broadcast(self, x: Array, root: int) -> Pending:
         move = self.transport
         buffer = move.outgoing(x) if self.rank == root else move.incoming(x.shape, x.dtype, x)
-        flat = buffer.reshape(-1)
+        flat = bits(buffer.reshape(-1))
         requests = [self.comm.Ibcast(flat[a:b], root) for a, b in self._pieces(flat.size)]
         return Pending(buffer, requests, lambda y: move.arrived(y, x))
 
-    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+    def _send(self, x: Array, peer: int, tag: int) -> Pending:
         buffer = self.transport.outgoing(x)
-        flat = buffer.reshape(-1)
+        flat = bits(buffer.reshape(-1))
         requests = [self.comm.Isend(flat[a:b], peer, tag) for a, b in self._pieces(flat.size)]
         return Pending(x, requests, None, buffer)
 
     def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
         move = self.transport
         buffer = move.incoming(shape, dtype, like)
-        flat = buffer.reshape(-1)
+        flat = bits(buffer.reshape(-1))
         requests = [self.comm.Irecv(flat[a:b], peer, tag) for a, b in self._pieces(flat.size)]
         return Pending(buffer, requests, lambda y: move.arrived(y, like))
 
     def close(self) -> None:
         self.comm.Free()
 
+    def _summed(self, x: Array) -> int:
+        return int(wide(x.dtype).itemsize) if is_half(x.dtype) else int(x.itemsize)
+
     def _all_gather(self, x: Array, counts: list[int]) -> Pending:
         move = self.transport
         send, recv = move.outgoing(x), move.incoming(sum(counts), x.dtype, x)
         if sum(counts) <= self.largest:
-            requests = [self.comm.Iallgatherv(send, (recv, counts))]
+            requests = [self.comm.Iallgatherv(bits(send), (bits(recv), counts))]
         else:  # one broadcast a piece of each rank's shard
             recv[self._offset(counts, self.rank) :][: send.size] = send
             settled(recv)
             requests = [
-                self.comm.Ibcast(recv[start + a : start + b], r)
+                self.comm.Ibcast(bits(recv[start + a : start + b]), r)
                 for r, start in enumerate(self._offset(counts, r) for r in range(self.size))
                 for a, b in self._pieces(counts[r])
             ]
         return Pending(recv, requests, lambda y: move.arrived(y, x), send)
 
     def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending:
+        if is_half(x.dtype):
+            return _then(self._reduce_scatter(x.astype(wide(x.dtype)), counts), lambda y: y.astype(x.dtype))
         move = self.transport
         send, recv = move.outgoing(x), move.incoming(counts[self.rank], x.dtype, x)
         if sum(counts) <= self.largest:
@@ -158,10 +167,12 @@ class MpiCommunicator(Layouts):
         requests = []  # point to point: the two of a pair agree on its pieces, as all ranks could not on one call
         for r in range(self.size):
             start = self._offset(received, r)
-            requests += [self.comm.Irecv(recv[start + a : start + b], r, _TAG) for a, b in self._pieces(received[r])]
+            pieces = self._pieces(received[r])
+            requests += [self.comm.Irecv(bits(recv[start + a : start + b]), r, _TAG) for a, b in pieces]
         for r in range(self.size):
             start = self._offset(sent, r)
-            requests += [self.comm.Isend(send[start + a : start + b], r, _TAG) for a, b in self._pieces(sent[r])]
+            pieces = self._pieces(sent[r])
+            requests += [self.comm.Isend(bits(send[start + a : start + b]), r, _TAG) for a, b in pieces]
         return Pending(recv, requests, lambda y: move.arrived(y, x), send)
 
     def _pieces(self, n: int) -> list[tuple[int, int]]:
@@ -171,3 +182,10 @@ class MpiCommunicator(Layouts):
     @staticmethod
     def _offset(counts: list[int], rank: int) -> int:
         return sum(counts[:rank])
+
+
+def _into(out: Array | None, y: Array) -> Array:
+    if out is None or out is y:
+        return y
+    out[...] = y
+    return out

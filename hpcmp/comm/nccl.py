@@ -114,8 +114,10 @@ class NcclCommunicator(Layouts):
 
     NCCL has no tags: messages from one rank to another are matched by their order. A message holds its lane until both
     sides have come to it, as a synchronous send does. So there are several: a message takes the lane of its direction
-    (to a higher or to a lower rank) and of its sender's parity. In a chain of stages, what comes from either neighbour
-    and what goes to it then take four lanes, and none waits for another.
+    (to a higher or to a lower rank), of its sender's parity and of its tag's. In a pipeline, what comes from either
+    neighbour and what goes to it, activations and gradients apart, then take different lanes, and none waits for
+    another. Between two ranks, messages of even tags, and those of odd tags, must be received in the order in which
+    they are sent.
 
     Lanes are made when they are first needed, while every rank waits for the others: that of the collectives at the
     first collective, those of the messages at the first ``send`` or ``recv``, to which every rank of the group must
@@ -127,9 +129,9 @@ class NcclCommunicator(Layouts):
         self.library = library or Library()
         self._lanes: dict[LaneName, Lane] = {}
 
-    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
+    def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending:
         if not self.library.on_device(x):
-            return self.control.all_reduce(x, op, out)
+            return self.control._all_reduce(x, op, out)
         lane, xp = self._lane(_COLLECTIVES), array_module(x)
         send = xp.ascontiguousarray(x)
         recv = x if out is x and send is x else xp.empty(x.shape, x.dtype)
@@ -139,19 +141,19 @@ class NcclCommunicator(Layouts):
             pending.finish = partial(_fill, out)
         return pending
 
-    def broadcast(self, x: Array, root: int = 0) -> Pending:
+    def _broadcast(self, x: Array, root: int) -> Pending:
         if not self.library.on_device(x):
-            return self.control.broadcast(x, root)
+            return self.control._broadcast(x, root)
         lane, xp = self._lane(_COLLECTIVES), array_module(x)
         send = xp.ascontiguousarray(x)
         recv = send.reshape(x.shape) if self.rank == root else xp.empty(x.shape, x.dtype)
         call = partial(lane.nccl.broadcast, self._at(send), self._at(recv), x.size, self._type(x), root)
         return lane.start([(x.size, call)], recv, send)
 
-    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
+    def _send(self, x: Array, peer: int, tag: int) -> Pending:
         if not self.library.on_device(x):
-            return self.control.send(x, peer, tag)
-        lane = self._lane(message_lane(self.rank, peer))
+            return self.control._send(x, peer, tag)
+        lane = self._lane(message_lane(self.rank, peer, tag))
         buffer = array_module(x).ascontiguousarray(x)
         call = partial(lane.nccl.send, self._at(buffer), x.size, self._type(x), peer)
         return lane.start([(x.size, call)], x, buffer)
@@ -159,7 +161,7 @@ class NcclCommunicator(Layouts):
     def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
         if not self.library.on_device(like):
             return self.control.recv(shape, dtype, peer, tag, like=like)
-        lane = self._lane(message_lane(peer, self.rank))
+        lane = self._lane(message_lane(peer, self.rank, tag))
         buffer = array_module(like).empty(shape, dtype)
         call = partial(lane.nccl.recv, self._at(buffer), buffer.size, self._type(buffer), peer)
         return lane.start([(buffer.size, call)], buffer)
@@ -230,15 +232,16 @@ class NcclCommunicator(Layouts):
         return int(getattr(self.library.nccl, f"NCCL_{op.upper()}"))
 
 
-def message_lane(source: int, target: int) -> LaneName:
-    """The lane of messages from ``source`` to ``target``: by direction and the sender's parity."""
-    return ("up" if target > source else "down", source % 2)
+def message_lane(source: int, target: int, tag: int) -> LaneName:
+    """The lane of messages from ``source`` to ``target``: by direction, the sender's parity and the tag's."""
+    return ("up" if target > source else "down", 2 * (tag % 2) + source % 2)
 
 
 def message_lanes(size: int) -> list[LaneName]:
     """All lanes that messages between ``size`` ranks take, in the order in which every rank makes them."""
     ranks = range(size)
-    return sorted({message_lane(source, target) for source in ranks for target in ranks if source != target})
+    pairs = [(source, target) for source in ranks for target in ranks if source != target]
+    return sorted({message_lane(*pair, tag) for pair in pairs for tag in (0, 1)})
 
 
 def shards(counts: list[int]) -> list[tuple[int, int, int]]:

@@ -16,6 +16,7 @@ import pytest
 from hpcmp.cli import checks
 from hpcmp.cli.checks import Check, Facts
 from hpcmp.comm.detect import Share
+from hpcmp.comm.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCTOR = [sys.executable, "-m", "hpcmp", "doctor"]
@@ -119,6 +120,23 @@ def test_a_slow_host_is_named():
     assert checks.rate_check([facts("a", rate=10), facts("b", rate=6)]).status == "ok"
     check = checks.rate_check([facts("a", rate=10), facts("b", rate=4)])
     assert check.status == "warn" and "host b" in check.advice
+
+
+def test_nodes_and_the_tensor_parallel_sizes_that_stay_on_one(monkeypatch):
+    monkeypatch.delenv("HPCMP_NODES", raising=False)
+    assert checks.node_check(Topology((0, 0, 0))) == Check("nodes", "ok", "3 ranks on one node")
+    found = checks.node_check(Topology((0, 0, 0, 0, 1, 1, 1, 1)))
+    assert (found.status, found.value) == ("ok", "2 nodes of 4 ranks; tp = 2 or 4 stays on a node")
+    assert "a mesh sorts them" in checks.node_check(Topology((0, 1, 0, 1))).value
+    found = checks.node_check(Topology((0, 0, 1)))
+    assert found.status == "warn" and "no tp stays" in found.value and "as many ranks on every node" in found.advice
+
+
+def test_nodes_of_a_job_and_by_the_environment(run_mpi, tmp_path):
+    done = run_mpi(4, [*DOCTOR, "--json"], env={"PYTHONPATH": str(ROOT), "HPCMP_NODES": "0,1"}, cwd=tmp_path)
+    check = lines(done)["nodes"]
+    assert check["status"] == "warn" and "HPCMP_NODES=0,1" in check["value"] and "unset" in check["advice"]
+    assert check["value"].startswith("2 nodes of 2 ranks; tp = 2 stays on a node; ranks of a node are not consecutive")
 
 
 class Elsewhere:

@@ -43,6 +43,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     for axes in ((0, 1), (1, 0), (2, 0), (0, 2)):
         for sizes in ((6, None), (13, 7), (1, 1), (0, 2), (5, 0)):
             yield f"all_to_all {sizes} along {axes}", partial(_all_to_all, axes=axes, sizes=sizes)
+    for rows in ("uneven", "none", "last", "even"):
+        for dtype in (np.float32, np.float64):
+            for name, case in (("all_gather_v", _gather_v), ("reduce_scatter_v", _scatter_v), ("all_to_all_v", _all_v)):
+                yield f"{name} {rows} {np.dtype(dtype)}", partial(case, how=rows, dtype=dtype)
     yield "a chain of stages", _chain
     yield "a ring", _ring
 
@@ -87,6 +91,30 @@ def _all_to_all(c: Communicator, put: Put, *, axes: tuple[int, int], sizes: tupl
     shape[split] = whole
     shape[concat] = 3 if total is None else partition.sizes(total, c.size)[c.rank]
     return [c.all_to_all(put(draw(c, *shape, dtype=np.int32)), split, concat, total)]
+
+
+def rows_of(how: str, size: int) -> list[int]:
+    """Rows of every rank: of no rule, with none in between, for the last rank alone, or for nobody."""
+    rows = {"uneven": [(5 * r) % 4 for r in range(size)], "none": [0] * size, "even": [3] * size}
+    return rows.get(how, [0] * (size - 1) + [4])
+
+
+def _gather_v(c: Communicator, put: Put, *, how: str, dtype: Any) -> list[Pending]:
+    rows = rows_of(how, c.size)
+    return [c.all_gather_v(put(draw(c, rows[c.rank], 2, 3, dtype=dtype)), rows)]
+
+
+def _scatter_v(c: Communicator, put: Put, *, how: str, dtype: Any) -> list[Pending]:
+    rows = rows_of(how, c.size)
+    return [c.reduce_scatter_v(put(draw(c, sum(rows), 2, dtype=dtype)), rows)]
+
+
+def _all_v(c: Communicator, put: Put, *, how: str, dtype: Any) -> list[Pending]:
+    """Rank r sends rank q its rows by (r + 2 q): other numbers there and back."""
+    rows = rows_of(how, 2 * c.size)
+    table = [[rows[(r + 2 * q) % (2 * c.size)] for q in range(c.size)] for r in range(c.size)]
+    sent, received = table[c.rank], [line[c.rank] for line in table]
+    return [c.all_to_all_v(put(draw(c, sum(sent), 3, dtype=dtype)), sent, received)]
 
 
 def _chain(c: Communicator, put: Put) -> list[Pending]:

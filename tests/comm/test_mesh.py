@@ -93,6 +93,86 @@ def test_ends_are_the_first_and_the_last_stage(world: Intracomm) -> None:
             assert {place(rank, shape)["tp"] for rank in wide} == {here["tp"]}
 
 
+CUTS = (("dp", "cp", "tp_z"), ("dp", "ring", "ulysses", "tp_z"), ("edp", "ep"), ("copy", "shard"))
+CUTS += (("ecopy", "eshard", "ep"),)
+
+
+def cut_grids(size: int) -> list[dict[str, Any]]:
+    """Every cut of every dp x cp x tp_z of up to ``size`` ranks that leaves a divisor of them to pp x tp."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    found = []
+    for dp, cp, tp_z, tp in itertools.product(divisors, repeat=4):
+        data = dp * cp * tp_z
+        if size % (data * tp):
+            continue
+        for ulysses, ep, shard in itertools.product(divisors, repeat=3):
+            if cp % ulysses == data % ep == data % shard == 0 and (shard % ep == 0 or ep % shard == 0):
+                axes = {"dp": dp, "pp": size // data // tp, "cp": cp, "tp_z": tp_z, "tp": tp}
+                found.append(axes | {"ulysses": ulysses, "ep": ep, "shard": shard})
+    return found
+
+
+def sizes(grid: dict[str, Any], cut: tuple[str, ...]) -> list[int]:
+    data, ep, shard = grid["dp"] * grid["cp"] * grid["tp_z"], grid["ep"], grid["shard"]
+    eshard = max(1, shard // ep)
+    all_sizes = grid | {"ring": grid["cp"] // grid["ulysses"], "edp": data // ep, "copy": data // shard}
+    all_sizes |= {"ecopy": data // ep // eshard, "eshard": eshard}
+    return [all_sizes[axis] for axis in cut]
+
+
+@pytest.mark.mpi
+def test_groups_of_every_cut_by_their_definition(world: Intracomm) -> None:
+    """dp x cp x tp_z, in C order, as a table of each cut's shape: a group is what slicing it along its axes gives."""
+    grids = cut_grids(world.size)
+    for grid in grids[:: max(1, len(grids) // 25)]:
+        outer = (grid["dp"], grid["pp"], grid["cp"], grid["tp_z"], grid["tp"])
+        data_first = np.arange(world.size).reshape(outer).transpose(0, 2, 3, 1, 4)  # dp, cp, tp_z, pp, tp
+        with Mesh(world, **grid) as mesh:
+            for cut in CUTS:
+                table = data_first.reshape(*sizes(grid, cut), grid["pp"], grid["tp"])
+                names = (*cut, "pp", "tp")
+                here = [int(i[0]) for i in np.nonzero(table == world.rank)]
+                assert [mesh.coordinates[axis] for axis in names] == here
+                for n in range(len(names) + 1):
+                    for axes in itertools.combinations(names, n):
+                        index = tuple(slice(None) if a in axes else i for a, i in zip(names, here, strict=True))
+                        members = mesh.members(frozenset(axes))
+                        assert members == sorted(table[index].ravel().tolist()), (grid, axes)
+            for axes in ("ring", "ulysses", "ep", "edp", "shard", "copy", "eshard", ("ecopy", "tp")):
+                group = mesh[axes]
+                found = group.all_gather(np.array([world.rank])).wait()
+                assert found.tolist() == mesh.members(frozenset((axes,) if isinstance(axes, str) else axes))
+
+
+@pytest.mark.mpi
+def test_numbers_within_a_group_are_places_on_its_axis(world: Intracomm) -> None:
+    """What is sliced by ``coordinates`` and what by a group's rank is the same slice."""
+    for grid in cut_grids(world.size)[::7]:
+        with Mesh(world, **grid) as mesh:
+            for axis in ("dp", "pp", "cp", "tp_z", "tp", "ring", "ulysses", "edp", "ep", "copy", "shard", "ecopy"):
+                assert mesh.members(frozenset({axis}))[mesh.coordinates[axis]] == world.rank
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"cp": 4, "ulysses": 3}, r"layout.ulysses = 3 does not divide layout.cp = 4; 1, 2 or 4 would fit"),
+        ({"dp": 4, "ep": 3}, r"layout.ep = 3 does not divide layout.dp = 4; 1, 2 or 4 would fit"),
+        ({"dp": 2, "cp": 3, "ep": 4}, r"layout.ep = 4 does not divide layout.dp x layout.cp = 6; 1, 2, 3 or 6 would"),
+        ({"dp": 6, "shard": 4}, r"layout.zero_group = 4 does not divide layout.dp = 6; 1, 2, 3 or 6 would fit"),
+        ({"dp": 6, "shard": 2, "ep": 3}, r"neither divides the other; for layout.zero_group 1, 3 or 6 would fit"),
+        ({"dp": 6, "shard": 2, "ep": 4}, r"layout.ep = 4 does not divide layout.dp = 6; 1, 2 or 6 would fit"),
+        ({"dp": 6, "shard": 4, "ep": 5}, r"layout.ep = 5 .*; layout.zero_group = 4 .*; 1 or 6 would fit"),
+    ],
+)
+def test_cuts_that_do_not_divide_are_refused_with_what_would_fit(axes: dict[str, int], message: str) -> None:
+    class Ranks:
+        size = axes.get("dp", 1) * axes.get("cp", 1)
+
+    with pytest.raises(InputError, match=message):
+        Mesh(Ranks(), **axes)  # type: ignore[arg-type]
+
+
 @pytest.mark.mpi
 def test_tp_varies_fastest(world: Intracomm) -> None:
     """So that tensor parallelism stays on a node."""
@@ -104,8 +184,11 @@ def test_tp_varies_fastest(world: Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_an_unknown_axis_is_refused(world: Intracomm) -> None:
-    with Mesh(world, tp=world.size) as mesh, pytest.raises(ValueError, match="'sp'.* is no axis"):
-        mesh["tp", "sp"]
+    with Mesh(world, tp=world.size) as mesh:
+        wrong = [("tp", "sp"), ("dp", "ep"), ("edp", "shard"), ("ring", "ep"), ("cp", "ulysses"), ("copy", "eshard")]
+        for axes in wrong:
+            with pytest.raises(ValueError, match=f"no group along .*'{axes[0]}'.* not of one cut"):
+                mesh[axes]
 
 
 @pytest.mark.mpi

@@ -113,6 +113,59 @@ def test_all_to_all(comm: MpiCommunicator, split: int, concat: int) -> None:
             same(comm.all_to_all(arrays[comm.rank], split, concat, total).wait(), np.concatenate(parts, concat))
 
 
+def numbers_of_rows(size: int) -> list[list[int]]:
+    """Rows of every rank: uneven with none in between, for one rank alone, for nobody."""
+    return [[(5 * r) % 4 for r in range(size)], [0] * (size - 1) + [4], [0] * size]
+
+
+def test_all_gather_v(comm: MpiCommunicator) -> None:
+    for rows in numbers_of_rows(comm.size):
+        for kind in KINDS:
+            arrays = [draw((n, 2, 3), rank, *kind) for rank, n in enumerate(rows)]
+            same(comm.all_gather_v(arrays[comm.rank], rows).wait(), np.concatenate(arrays))
+
+
+def test_reduce_scatter_v(comm: MpiCommunicator) -> None:
+    for rows in numbers_of_rows(comm.size):
+        for kind in KINDS:
+            arrays = [draw((sum(rows), 2), rank, *kind) for rank in range(comm.size)]
+            start = sum(rows[: comm.rank])
+            expected = np.sum(arrays, 0, dtype=kind[0])[start : start + rows[comm.rank]]
+            same(comm.reduce_scatter_v(arrays[comm.rank], rows).wait(), expected)
+
+
+def tables(size: int) -> list[np.ndarray]:
+    """Rows that rank i sends to rank j: any, none from most, none at all."""
+    i, j = np.indices((size, size))
+    return [(3 * i + 5 * j) % 4, np.where(i == size - 1, j, 0), 0 * i]
+
+
+def test_all_to_all_v(comm: MpiCommunicator) -> None:
+    for table in tables(comm.size):
+        for kind in KINDS:
+            arrays = [draw((int(row.sum()), 3), rank, *kind) for rank, row in enumerate(table)]
+            sent, received = table[comm.rank].tolist(), table[:, comm.rank].tolist()
+            starts = [int(row[: comm.rank].sum()) for row in table]
+            parts = [x[a : a + n] for x, a, n in zip(arrays, starts, received, strict=True)]
+            same(comm.all_to_all_v(arrays[comm.rank], sent, received).wait(), np.concatenate(parts))
+
+
+def test_collectives_of_any_rows_and_their_adjoints(comm: MpiCommunicator) -> None:
+    """<A x, y> = <x, A^T y>, exactly on whole numbers: all_gather_v and reduce_scatter_v, all_to_all_v and its back."""
+
+    def agree(ax: np.ndarray, y: np.ndarray, x: np.ndarray, aty: np.ndarray) -> None:
+        both = comm.all_reduce(np.array([np.vdot(ax, y), np.vdot(x, aty)])).wait()
+        assert both[0] == both[1]
+
+    for rows in numbers_of_rows(comm.size):
+        x, y = draw((rows[comm.rank], 3), comm.rank), draw((sum(rows), 3), comm.rank + 100)
+        agree(comm.all_gather_v(x, rows).wait(), y, x, comm.reduce_scatter_v(y, rows).wait())
+    for table in tables(comm.size):
+        sent, received = table[comm.rank].tolist(), table[:, comm.rank].tolist()
+        x, y = draw((sum(sent), 3), comm.rank), draw((sum(received), 3), comm.rank + 100)
+        agree(comm.all_to_all_v(x, sent, received).wait(), y, x, comm.all_to_all_v(y, received, sent).wait())
+
+
 def test_broadcast(comm: MpiCommunicator) -> None:
     for root in sorted({0, comm.size - 1}):
         for shape in ((), (3,), (4, 3), (0, 2)):
@@ -203,6 +256,9 @@ def test_a_group_of_one_does_what_one_rank_of_mpi_does(world: Intracomm) -> None
         lambda c: c.reduce_scatter(x, 1),
         lambda c: c.all_to_all(x, 0, 1, 4),
         lambda c: c.broadcast(x),
+        lambda c: c.all_gather_v(x, [3]),
+        lambda c: c.reduce_scatter_v(x, [3]),
+        lambda c: c.all_to_all_v(x, [3], [3]),
     )
     for call in calls:
         same(call(solo).wait(), call(one).wait())

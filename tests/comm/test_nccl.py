@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hpcmp.parallel.schedules import SCHEDULES, Action
+from hpcmp.parallel.schedules import SCHEDULES, Schedule, make_schedule
 from tests.comm.cases import differences
 
 if TYPE_CHECKING:
@@ -213,42 +213,48 @@ def test_lanes() -> None:
     from hpcmp.comm.nccl import message_lane, message_lanes
 
     assert message_lanes(1) == []
-    assert len(message_lanes(2)) == 2
+    assert len(message_lanes(2)) == 4
     for size in range(2, 9):
         for rank in range(size):
             neighbours = [peer for peer in (rank - 1, rank + 1) if 0 <= peer < size]
-            lanes = [message_lane(*pair) for peer in neighbours for pair in ((rank, peer), (peer, rank))]
+            pairs = [pair for peer in neighbours for pair in ((rank, peer), (peer, rank))]
+            lanes = [message_lane(*pair, tag) for pair in pairs for tag in (0, 1)]
             assert len(set(lanes)) == len(lanes) and set(lanes) <= set(message_lanes(size))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+PLANS = [make_schedule(name, v) for name in SCHEDULES for v in ((2, 3) if name == "interleaved" else (1,))]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.name}-{plan.chunks}")
 @pytest.mark.parametrize("size", range(2, 7))
-def test_no_schedule_waits_for_ever(name: str, size: int) -> None:
+def test_no_schedule_waits_for_ever(plan: Schedule, size: int) -> None:
     """With messages that hold their lane until both sides have come to them, as NCCL's do."""
     from hpcmp.comm.nccl import message_lane
 
     for microbatches in (1, 2, size, 3 * size + 1):
-        actions = [list(SCHEDULES[name](rank, size, microbatches)) for rank in range(size)]
-        assert completes(actions, message_lane), f"{microbatches} microbatches"
+        for schedule in (plan, plan.forward_only()):
+            assert completes(schedule, size, microbatches, message_lane), f"{microbatches} microbatches"
 
 
-def test_one_lane_would_wait_for_ever() -> None:
-    actions = [list(SCHEDULES["1f1b"](rank, 4, 8)) for rank in range(4)]
-    assert not completes(actions, lambda source, target: 0)
+def test_fewer_lanes_would_wait_for_ever() -> None:
+    assert not completes(make_schedule("1f1b"), 4, 8, lambda source, target, tag: 0)
+    assert not completes(make_schedule("zb-v"), 4, 8, lambda source, target, tag: (target > source, source % 2))
 
 
-def completes(actions: list[list[Action]], lane: Callable[[int, int], Any]) -> bool:
-    """Whether the stages come to an end: each acts in its order, and each of its lanes moves its messages in theirs."""
-    size = len(actions)
+def completes(schedule: Schedule, size: int, microbatches: int, lane: Callable[[int, int, int], Any]) -> bool:
+    """Whether the ranks come to an end: each acts in its order, begins to receive what its next action takes in before
+    it executes one, and each of its lanes moves its messages in theirs. A message is (source, target, action)."""
     work: list[list[tuple[str, Any]]] = [[] for _ in range(size)]  # what each rank does, in its order
-    for rank, todo in enumerate(actions):
-        for action, i in todo:
-            source, target = {"F": (rank - 1, rank + 1), "B": (rank + 1, rank - 1), "W": (-1, -1)}[action]
-            if 0 <= source < size:
-                work[rank].append(("start", (source, rank, action, i)))
-                work[rank].append(("await", (source, rank, action, i)))
-            if 0 <= target < size:
-                work[rank].append(("start", (rank, target, action, i)))
+    for rank in range(size):
+        actions = list(schedule(rank, size, microbatches))
+        causes = [schedule.cause(rank, size, action) for action in actions]
+        coming = [(c[0], rank, a) if c and c[0] != rank else None for a, c in zip(actions, causes, strict=True)]
+        for at, action in enumerate(actions):
+            due = [*coming[: 2 if at == 0 else 0], *(coming[at + 1 : at + 2] if at else ())]
+            work[rank] += [("start", message) for message in due if message]
+            work[rank] += [("await", coming[at])] if coming[at] else []
+            effect = schedule.effect(rank, size, action)
+            work[rank] += [("start", (rank, *effect))] if effect and effect[0] != rank else []
     lanes: dict[Any, list[Any]] = {}  # by rank and lane: messages that have started, the first one holding the lane
     arrived: set[Any] = set()
     moved = True
@@ -258,7 +264,8 @@ def completes(actions: list[list[Action]], lane: Callable[[int, int], Any]) -> b
             while work[rank] and (work[rank][0][0] != "await" or work[rank][0][1] in arrived):
                 kind, message = work[rank].pop(0)
                 if kind == "start":
-                    lanes.setdefault((rank, lane(*message[:2])), []).append(message)
+                    name = lane(message[0], message[1], int(message[2].kind == "B"))
+                    lanes.setdefault((rank, name), []).append(message)
                 moved = True
         for (rank, name), queue in lanes.items():
             if queue and queue[0][0] == rank:
