@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .errors import InputError
 
@@ -21,6 +22,27 @@ def array_module(x: Array) -> ModuleType:
 
     module: ModuleType = cupy.get_array_module(x)
     return module
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype named in a configuration; ``bfloat16``, which NumPy lacks, is that of ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    return np.dtype(name)
+
+
+def is_half(dtype: DTypeLike) -> bool:
+    """Whether it is float16 or bfloat16: a format to store and send numbers in, too coarse to add them up in."""
+    dtype = np.dtype(dtype)
+    return dtype.itemsize == 2 and dtype.kind in "fV"  # bfloat16 is of the kind V to NumPy
+
+
+def wide(dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype to add up in: float32 for the formats of 16 bits, else ``dtype`` itself. Gradients, master weights,
+    statistics and losses have it."""
+    return np.promote_types(dtype, np.float32)
 
 
 def module_for(device: str) -> ModuleType:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import random
-from .arrays import Array
+from .arrays import Array, wide
 from .wgrad import WGrad
 
 #: The mesh axes over which most parameters are copied (those of ``comm.mesh.DATA``).
@@ -141,12 +141,15 @@ class Module:
         return list(found.values())
 
     def initialise(self, seed: int = 0, dtype: DTypeLike = np.float32, xp: ModuleType = np) -> list[Parameter]:
-        """Give every parameter its initial value and a zero gradient, allocating what is not there; returns them."""
+        """Give every parameter its initial value and a zero gradient, allocating what is not there; returns them.
+
+        Gradients are in ``arrays.wide(dtype)``: float32 for weights of 16 bits.
+        """
         parameters = self.parameters()
         for p in parameters:
             if p.data is None:
                 p.data = xp.empty(p.local_shape, dtype)
-                p.grad = xp.zeros(p.local_shape, dtype)
+                p.grad = xp.zeros(p.local_shape, wide(dtype))
             p.data[...] = p.initial(p, seed, xp)
             p.grad[...] = 0
         return parameters
@@ -157,6 +160,23 @@ class Sequential(Module):
 
     def __init__(self, *layers: Module, **named: Module) -> None:
         self.layers: dict[str, Module] = {str(i): layer for i, layer in enumerate(layers)} | named
+        self.groups: set[str] = set()
+
+    def members(self) -> Iterator[tuple[str, Parameter | Module]]:
+        for name, layer in self.layers.items():
+            yield "" if name in self.groups else name, layer
+
+    def group(self, first: str, last: str, make: Callable[..., Module]) -> None:
+        """Make one layer, ``make(**layers)``, of those from ``first`` to ``last``, if both are there; no parameter's
+        name changes."""
+        names = list(self.layers)
+        if first in names and last in names:
+            joined = names[names.index(first) : names.index(last) + 1]
+            made = make(**{name: self.layers[name] for name in joined})
+            key = " ".join(joined)
+            self.groups.add(key)
+            entries = [(key, made) if name == first else (name, self.layers[name]) for name in names]
+            self.layers = dict(entry for entry in entries if entry[0] not in joined)
 
     def forward(self, x: Any) -> tuple[Any, Any]:
         saved = []

@@ -1,7 +1,8 @@
 """The maths on local arrays: one function a kernel, forward and backward twins.
 
 ``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, and ``update`` for optimizers, are the
-specification of every kernel and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overriding.
+specification of every kernel and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overriding;
+``half`` makes of a set one for arrays of 16 bits.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
-from . import cpu, cuda, reference, update
+from ..arrays import Array, is_half
+from . import cpu, cuda, moe, reference, update
+from .half import Half
 
 
 class KernelSet:
     """The functions of the specification, and in place of some those of ``overrides``."""
 
     def __init__(self, *overrides: ModuleType) -> None:
-        for module in (reference, update, *overrides):
+        for module in (reference, moe, update, *overrides):
             functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
             vars(self).update({k: v for k, v in functions.items() if v.__module__ == module.__name__})
 
@@ -28,8 +30,11 @@ class KernelSet:
 
 
 REFERENCE, CPU, CUDA = KernelSet(), KernelSet(cpu), KernelSet(cuda)
+CPU_HALF, CUDA_HALF = Half(CPU), Half(CUDA, native=frozenset({"matmul", "matmul_transposed"}))
 
 
-def of(x: Array) -> KernelSet:
+def of(x: Array) -> KernelSet | Half:
     """The kernels for arrays like ``x``."""
-    return CPU if isinstance(x, np.ndarray) else CUDA
+    if isinstance(x, np.ndarray):
+        return CPU_HALF if is_half(x.dtype) else CPU
+    return CUDA_HALF if is_half(x.dtype) else CUDA

@@ -7,6 +7,7 @@ rows; a leading ``...`` is any shape. Every result has the dtype of its first ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..arrays import Array, array_module
 
@@ -65,20 +66,34 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + xp.exp(xp.minimum(-x, 80)))  # beyond 80 it is 0 but for 1e-35, and exp would overflow in float32
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    """y = (x - mean) r w + b, r = 1/sqrt(var + epsilon), over the last axis; (y, mean, r). Ba, Kiros, Hinton, 2016."""
+def _means(*xs: Array) -> list[Array]:
+    return [x.mean(-1, keepdims=True) for x in xs]
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array, epsilon: float, means: Callable[..., list[Array]] = _means
+) -> tuple[Array, Array, Array]:
+    """y = (x - mean) r w + b, r = 1/sqrt(var + epsilon), over the last axis; (y, mean, r). Ba, Kiros, Hinton, 2016.
+
+    means, here and below: makes the mean over the last axis, kept with length 1, of each of some arrays like x; where x
+    is a shard of the last axis, that over the whole of it.
+    """
     xp = array_module(x)
-    mean = x.mean(-1, keepdims=True)
+    (mean,) = means(x)
     centred = x - mean
-    rstd = 1 / xp.sqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+    (variance,) = means(centred * centred)
+    rstd = 1 / xp.sqrt(variance + epsilon)
     return centred * rstd * weight + bias, mean, rstd
 
 
-def layer_norm_backward(dy: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> Array:
+def layer_norm_backward(
+    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, means: Callable[..., list[Array]] = _means
+) -> Array:
     """dx = r (g - mean(g) - z mean(g z)), g = dy w, z = (x - mean) r."""
     normalised = (x - mean) * rstd
     g = dy * weight
-    return rstd * (g - g.mean(-1, keepdims=True) - normalised * (g * normalised).mean(-1, keepdims=True))
+    first, second = means(g, g * normalised)
+    return rstd * (g - first - normalised * second)
 
 
 def layer_norm_backward_weight(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
@@ -87,23 +102,34 @@ def layer_norm_backward_weight(dy: Array, x: Array, mean: Array, rstd: Array) ->
     return (dy * ((x - mean) * rstd)).sum(axes), dy.sum(axes)
 
 
-def rms_norm(x: Array, weight: Array, epsilon: float) -> tuple[Array, Array]:
+def rms_norm(
+    x: Array, weight: Array, epsilon: float, means: Callable[..., list[Array]] = _means
+) -> tuple[Array, Array]:
     """y = x r w, r = 1/sqrt(mean(x^2) + epsilon), over the last axis; (y, r). Zhang and Sennrich, 2019."""
     xp = array_module(x)
-    rstd = 1 / xp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    (square,) = means(x * x)
+    rstd = 1 / xp.sqrt(square + epsilon)
     return x * rstd * weight, rstd
 
 
-def rms_norm_backward(dy: Array, x: Array, weight: Array, rstd: Array) -> Array:
+def rms_norm_backward(
+    dy: Array, x: Array, weight: Array, rstd: Array, means: Callable[..., list[Array]] = _means
+) -> Array:
     """dx = r (g - z mean(g z)), g = dy w, z = x r."""
     normalised = x * rstd
     g = dy * weight
-    return rstd * (g - normalised * (g * normalised).mean(-1, keepdims=True))
+    (mean,) = means(g * normalised)
+    return rstd * (g - normalised * mean)
 
 
 def rms_norm_backward_weight(dy: Array, x: Array, rstd: Array) -> Array:
     """dw = sum dy z, over all axes but the last."""
     return (dy * (x * rstd)).sum(tuple(range(dy.ndim - 1)))
+
+
+def dropout(x: Array, keep: Array, rate: float) -> Array:
+    """y = x keep / (1 - rate), keep boolean. Its own adjoint."""
+    return x * keep * x.dtype.type(1 / (1 - rate))
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -118,16 +144,23 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, keep: Array | None = None) -> tuple[Array, Array]:
-    """Causal attention of grouped heads: o = (P * keep) v, P = softmax(scale q k^T) over the keys up to the query.
+def attention(
+    q: Array, k: Array, v: Array, scale: float, keep: Array | None = None, causal: bool = True
+) -> tuple[Array, Array]:
+    """Attention of grouped heads to a block of keys: o = (P * keep) v, P = softmax(scale q k^T) over the keys.
 
-    q (s, b, n, d), k and v (s, b, k, d); query head i reads key-value head i // (n/k). keep, if given, holds the
-    dropout mask already divided by 1 - rate, (b, n, s, s). Returns o, shaped as q, and the log-sum-exp of each row of
-    scores, (b, k, n/k, s), from which backward makes P again: nothing of size s x s is kept. Vaswani et al., 2017;
-    Ainslie et al., "GQA", 2023; the recomputation is that of Dao et al., "FlashAttention", 2022, section 3.1.
+    q (s, b, n, d), k and v (t, b, k, d); query head i reads key-value head i // (n/k). causal: s and t are the same
+    positions, and a query sees the keys up to its own; else every query sees every key. keep, if given, holds the
+    dropout mask already divided by 1 - rate, (b, n, s, t). Returns o, shaped as q, and the log-sum-exp of each row of
+    scores, (b, n, s), from which backward makes P again: nothing of size s x t is kept. Without keys o is zero and the
+    log-sum-exp -inf. Vaswani et al., 2017; Ainslie et al., "GQA", 2023; the recomputation is that of Dao et al.,
+    "FlashAttention", 2022, section 3.1.
     """
     xp = array_module(q)
-    scores = _scores(q, k, scale)
+    s, b, n, _ = q.shape
+    if k.shape[0] == 0:
+        return xp.zeros_like(q), xp.full((b, n, s), -xp.inf, q.dtype)
+    scores = _scores(q, k, scale, causal)
     top = scores.max(-1, keepdims=True)
     p = xp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
@@ -135,16 +168,29 @@ def attention(q: Array, k: Array, v: Array, scale: float, keep: Array | None = N
     if keep is not None:
         p *= keep.reshape(p.shape)
     o = p @ _grouped(v, v.shape[2])
-    return _ungrouped(o), (top + xp.log(total))[..., 0]
+    return _ungrouped(o), (top + xp.log(total)).reshape(b, n, s)
 
 
 def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, scale: float, keep: Array | None = None
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
+    scale: float,
+    keep: Array | None = None,
+    causal: bool = True,
 ) -> tuple[Array, Array, Array]:
-    """dv = (P keep)^T do, dS = P (keep (do v^T) - rowsum(do o)), dq = scale dS k, dk = scale dS^T q."""
+    """dv = (P keep)^T do, dS = P (keep (do v^T) - rowsum(do o)), dq = scale dS k, dk = scale dS^T q.
+
+    Where q attends to several blocks of keys, o and lse are those over all of them (``merge_attention``): dk and dv are
+    then this block's, and dq this block's part of a sum.
+    """
     xp = array_module(q)
     groups = k.shape[2]
-    p = xp.exp(_scores(q, k, scale) - lse[..., None])
+    scores = _scores(q, k, scale, causal)
+    p = xp.exp(scores - lse.reshape(*scores.shape[:-1], 1))
     dog, qg = _grouped(do, groups), _grouped(q, groups)
     dp = dog @ _grouped(v, groups).swapaxes(-1, -2)
     dropped = p
@@ -158,6 +204,19 @@ def attention_backward(
     return _ungrouped(dq), _ungrouped(dk.sum(2, keepdims=True)), _ungrouped(dv.sum(2, keepdims=True))
 
 
+def merge_attention(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
+    """Attention to two blocks of keys from attention to each: lse = log(e^lse1 + e^lse2), o = sum_i e^(lse_i - lse) o_i.
+
+    o (s, b, n, d), lse (b, n, s), as ``attention`` returns them; a block without keys has -inf and no weight. Milakov
+    and Gimelshein, "Online normalizer calculation for softmax", 2018; Liu et al., "Ring attention", 2023.
+    """
+    xp = array_module(o1)
+    lse = xp.logaddexp(lse1, lse2)
+    finite = xp.where(lse == -xp.inf, 0, lse)  # else exp(-inf + inf)
+    w1, w2 = (xp.exp(part - finite).transpose(2, 0, 1)[..., None] for part in (lse1, lse2))
+    return o1 * w1 + o2 * w2, lse
+
+
 def _grouped(x: Array, groups: int) -> Array:
     """(s, b, n, d) -> (b, groups, n/groups, s, d), without a copy."""
     s, b, n, d = x.shape
@@ -169,12 +228,13 @@ def _ungrouped(x: Array) -> Array:
     return x.transpose(3, 0, 1, 2, 4).reshape(s, b, groups * g, d)
 
 
-def _scores(q: Array, k: Array, scale: float) -> Array:
-    """scale q k^T with -inf at the keys after the query's own position."""
+def _scores(q: Array, k: Array, scale: float, causal: bool) -> Array:
+    """scale q k^T; if causal, with -inf at the keys after the query's own position."""
     xp = array_module(q)
     groups, s = k.shape[2], q.shape[0]
     scores = _grouped(q * q.dtype.type(scale), groups) @ _grouped(k, groups).swapaxes(-1, -2)
-    scores += xp.where(xp.tri(s, dtype=bool), 0, -xp.inf).astype(q.dtype)
+    if causal:
+        scores += xp.where(xp.tri(s, dtype=bool), 0, -xp.inf).astype(q.dtype)
     return scores
 
 

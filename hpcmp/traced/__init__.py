@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ..arrays import Array, array_module
+from ..arrays import Array, array_module, wide
 from ..module import Module, Parameter
 from ..wgrad import WGrad
 from .rules import CONSTANT, RULES
@@ -99,7 +99,7 @@ def _input(tape: Tape, array: Array) -> Array | Tracer:
 def _weight(tape: Tape, name: str, parameter: Parameter) -> Tracer:
     if parameter.data is None:
         raise ValueError(f"parameter {parameter.name or name} has no value yet: call initialise() first")
-    return Tracer(parameter.data, tape, tape.record(Node(parameter.data.shape, parameter.grad.dtype, late=True)))
+    return Tracer(parameter.data, tape, tape.record(Node(parameter.data.shape, wide(parameter.data.dtype), late=True)))
 
 
 def _check_output(tape: Tape, output: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import DTypeLike
 
-from ..arrays import Array, array_module
+from ..arrays import Array, array_module, wide
 
 Pullback = Callable[[Array], Array]
 Shape = tuple[int, ...]
@@ -20,11 +20,6 @@ Shape = tuple[int, ...]
 def astype(x: Array, dtype: DTypeLike) -> Array:
     """``x.astype(dtype)`` as a function, to have a rule."""
     return x.astype(dtype)
-
-
-def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which to add up: 16-bit floats are summed in 32 bits."""
-    return np.promote_types(dtype, np.float32)
 
 
 def to_shape(shape: Shape) -> Pullback:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array
-from .shapes import Pullback, Shape, wide
+from ..arrays import Array, wide
+from .shapes import Pullback, Shape
 
 
 class Node(NamedTuple):

@@ -37,13 +37,14 @@ def norm_arguments(d: Sizes, rms: bool) -> dict[str, Array]:
 
 
 def attention_arguments(d: Sizes, backward: bool) -> list[Array]:
-    s = max(1, d.s % 11)
-    q, k, v = d.real(s, 2, 6, 4), d.real(s, 2, 3, 4), d.real(s, 2, 3, 4)
-    keep = ((d.rng.random((2, 6, s, s)) < 0.8) / 0.8).astype(d.dtype)
+    s, t, causal = d.s % 11, d.f % 11, d.s == 5
+    t = s if causal else t
+    q, k, v = d.real(s, 2, 6, 4), d.real(t, 2, 3, 4), d.real(t, 2, 3, 4)
+    keep = ((d.rng.random((2, 6, s, t)) < 0.8) / 0.8).astype(d.dtype)
     if not backward:
-        return [q, k, v, 0.5, keep]
-    o, lse = reference.attention(q, k, v, 0.5, keep)
-    return [d.real(s, 2, 6, 4), q, k, v, o, lse, 0.5, keep]
+        return [q, k, v, 0.5, keep, causal]
+    o, lse = reference.attention(q, k, v, 0.5, keep, causal)
+    return [d.real(s, 2, 6, 4), q, k, v, o, lse, 0.5, keep, causal]
 
 
 def cross_entropy_arguments(d: Sizes) -> tuple[Array, Array, Array]:
@@ -70,6 +71,7 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "matmul_transposed": lambda d: [d.real(d.s, 2, 5), d.real(d.f, 5)],
     "add_outer": lambda d: [d.real(d.f, 5), d.real(d.s, 2, d.f), d.real(d.s, 2, 5)],
     "gelu": lambda d: [d.real(d.s, 2, d.f)],
+    "dropout": lambda d: [d.real(d.s, 2, d.f), d.rng.random((d.s, 2, d.f)) < 0.8, 0.2],
     "gelu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
     "swiglu": lambda d: [d.real(d.s, 2, 2, d.f)],
     "swiglu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, 2, d.f)],
@@ -82,6 +84,7 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "rope": lambda d: [d.real(d.s, 2, 3, 8), d.real(d.s, 1, 1, 4), d.real(d.s, 1, 1, 4)],
     "attention": lambda d: attention_arguments(d, False),
     "attention_backward": lambda d: attention_arguments(d, True),
+    "merge_attention": lambda d: [d.real(*n) for _ in range(2) for n in ((d.s, 2, 6, 4), (2, 6, d.s))],
     "embedding": lambda d: [d.real(d.f, 5), d.whole(0, d.f + 9, d.s, 2), 4],
     "embedding_backward_weight": lambda d: [d.real(d.f, 5), d.whole(0, d.f + 9, d.s, 2), 4, d.real(d.s, 2, 5)],
     "row_max": lambda d: [d.real(d.s, 2, d.f)],

@@ -87,15 +87,37 @@ def test_rope_backward_is_the_opposite_rotation() -> None:
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (5, 1), (3, 3)])
-def test_attention_backward(heads: int, groups: int, dropout: bool) -> None:
-    q, k, v = draw(5, 2, heads, 4), draw(5, 2, groups, 4), draw(4, groups, 2, 5).T
-    keep = (RNG(0).random((2, heads, 5, 5)) < 0.7) / 0.7 if dropout else None
+@pytest.mark.parametrize(("keys", "causal"), [(5, True), (5, False), (3, False)])
+def test_attention_backward(heads: int, groups: int, dropout: bool, keys: int, causal: bool) -> None:
+    q, k, v = draw(5, 2, heads, 4), draw(keys, 2, groups, 4), draw(4, groups, 2, keys).T
+    keep = (RNG(0).random((2, heads, 5, keys)) < 0.7) / 0.7 if dropout else None
 
     def gradients(dy: Array) -> tuple[Array, ...]:
-        o, lse = reference.attention(q, k, v, 0.4, keep)
-        return reference.attention_backward(dy, q, k, v, o, lse, 0.4, keep)
+        o, lse = reference.attention(q, k, v, 0.4, keep, causal)
+        return reference.attention_backward(dy, q, k, v, o, lse, 0.4, keep, causal)
 
-    check_backward(lambda q, k, v: reference.attention(q, k, v, 0.4, keep)[0], [q, k, v], gradients)
+    check_backward(lambda q, k, v: reference.attention(q, k, v, 0.4, keep, causal)[0], [q, k, v], gradients)
+
+
+@pytest.mark.parametrize("cuts", [(2,), (0, 7), (1, 4)])
+def test_blocks_of_keys_merge_to_attention_of_all(cuts: tuple[int, ...]) -> None:
+    """Forward and backward, block by block; some blocks are empty. The scores differ by more than exp can."""
+    q, k, v, dy = 300 * draw(5, 2, 6, 4), draw(7, 2, 3, 4), draw(7, 2, 3, 4, 2)[..., 0], draw(5, 2, 6, 4, 2)[..., 1]
+    keep = (RNG(0).random((2, 6, 5, 7)) < 0.7) / 0.7
+    whole = reference.attention(q, k, v, 1.0, keep, False)
+    parts = [slice(a, b) for a, b in zip((0, *cuts), (*cuts, 7), strict=True)]
+    o, lse = np.zeros_like(q), np.full((2, 6, 5), -np.inf)  # of no keys
+    with np.errstate(all="raise", under="ignore"):
+        for part in parts:
+            block = reference.attention(q, k[part], v[part], 1.0, keep[..., part], False)
+            o, lse = reference.merge_attention(o, lse, *block)
+    for a, b in zip((o, lse), whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    expected = reference.attention_backward(dy, q, k, v, *whole, 1.0, keep, False)
+    found = [reference.attention_backward(dy, q, k[s], v[s], o, lse, 1.0, keep[..., s], False) for s in parts]
+    dq, dk, dv = sum(f[0] for f in found), *(np.concatenate([f[i] for f in found]) for i in (1, 2))
+    for a, b in zip((dq, dk, dv), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * abs(b).max())
 
 
 def test_embedding_backward() -> None:
@@ -192,8 +214,7 @@ def test_attention_row_by_row(dropout: bool) -> None:
             weights = weights * keep[i, head, t, : t + 1]
         expected = sum(w * v[u, i, group] for u, w in enumerate(weights))
         np.testing.assert_allclose(o[t, i, head], expected, rtol=1e-12, atol=1e-14)
-        found = lse[i, group, head % (n // k), t]
-        np.testing.assert_allclose(found, math.log(sum(map(math.exp, scores))), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(lse[i, head, t], math.log(sum(map(math.exp, scores))), rtol=1e-12, atol=1e-14)
 
 
 def test_embedding_is_the_rows_that_are_here() -> None:
