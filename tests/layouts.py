@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmp.parallel.schedules import SCHEDULES
 from hpcmp.training.config import SECTIONS, Config, Layout, with_layout
 from hpcmp.training.engine import Engine, mesh_for
+from hpcmp.training.verify import source_of, verify
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -73,10 +74,22 @@ def layouts(config: Config, ranks: int, *, schedules: bool = False) -> list[Conf
             for sequence in (True, False) if tp > 1 else (False,):
                 for kind in kinds if schedules and pp > 1 else [kinds[len(found) % len(kinds)]]:
                     layout = Layout(
-                        **shape, sequence_parallel=sequence, schedule=kind, recompute=("none", "full")[len(found) % 2]
+                        **shape,
+                        sequence_parallel=sequence,
+                        schedule=kind,
+                        virtual=2 if kind == "interleaved" else 1,
+                        recompute=("none", "full")[len(found) % 2],
                     )
                     found.append(dataclasses.replace(config, layout=layout))
     return found
+
+
+def assert_serial(configs: list[Config], world: Intracomm | None, limit: float = 1e-12) -> None:
+    """Every layout gives the serial model's numbers; says how far off it is, and where most."""
+    for report in verify(configs, world, source_of(configs[0])):
+        worst = sorted(report.parameters, key=lambda p: max(p.gradient, p.weight), reverse=True)[:3]
+        where = ", ".join(f"{p.name}: gradient {p.gradient:.1e}, weight {p.weight:.1e}" for p in worst)
+        assert report.worst <= limit, f"{report.layout}: loss {report.loss:.1e}, norm {report.norm:.1e}, {where}"
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def gradients(a: Architecture, xp: ModuleType, dtype: Any, recompute: bool = Fal
     length, batch = 13, 3
     parallel = ModelParallel(cursor=Cursor(seed=5))
     parallel.cursor.place = Place(2, np.array([4, 0, 9]), length)
-    model = build(a, parallel, wrap=Recompute if recompute else None)
+    model = build(a, parallel, wrap=(lambda block, _: Recompute(block)) if recompute else None)
     parameters = model.initialise(1, dtype, xp)
     draw = np.random.default_rng(0)
     tokens = xp.asarray(draw.integers(0, a.vocabulary, (length, batch)))

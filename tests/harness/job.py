@@ -19,7 +19,7 @@ from .rank import SIGNAL
 
 START = 120.0  # seconds that a job may take to start and to collect its tests
 GRACE = 2.0  # seconds that the other ranks have once a rank has failed
-FINISH = 15.0  # seconds from the last test to the end of the job
+FINISH = 60.0  # seconds from the last test to the end of the job
 
 Record = dict[str, Any]
 

@@ -4,6 +4,9 @@ Collected as usual, so that ``-k``, paths and ``-x`` work, a test ``t`` becomes 
 test on that many ranks under ``mpirun``, reported as one. A test that fails on all ranks alike leaves the job running;
 after any other failure the job is ended and the remaining tests go on in a new one.
 
+The numbers of ranks are 1, 2, 3, 4 and 8, and those that tests marked ``mpi(size=N)`` ask for; where HPCMP_TEST_RANKS
+is given, those in it alone.
+
 Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a rank, and the plugin does nothing.
 """
 
@@ -18,7 +21,7 @@ import pytest
 
 from .job import Job, Verdict
 
-COUNTS = os.environ.get("HPCMP_TEST_RANKS", "1,2,3,4,8")
+COUNTS = os.environ.get("HPCMP_TEST_RANKS")
 
 
 class Ranks:
@@ -99,13 +102,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not ranked or _is_rank(config):
         return
     try:
-        counts = sorted({int(count) for count in COUNTS.split(",")})
+        given = {int(count) for count in (COUNTS or "1,2,3,4,8").split(",")}
     except ValueError:
         raise pytest.UsageError(f"HPCMP_TEST_RANKS is {COUNTS!r}: it takes numbers of ranks, such as 1,2,4") from None
+    wanted = {item.nodeid: _wanted(item, given) for item in ranked}
     items[:] = [item for item in items if item not in ranked]
     serial = len(items)
-    for number in counts:
-        fitting = [item for item in ranked if _min_size(item) <= number]
+    for number in sorted(set().union(*wanted.values())):
+        fitting = [item for item in ranked if number in wanted[item.nodeid]]
         ranks = Ranks(number, fitting, config)
         config.add_cleanup(ranks.close)
         for item in fitting:
@@ -120,8 +124,13 @@ def _is_rank(config: pytest.Config) -> bool:
     return bool(config.getoption("with_mpi") or config.getoption("only_mpi"))
 
 
-def _min_size(item: pytest.Item) -> int:
-    return max(mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi"))
+def _wanted(item: pytest.Item, given: set[int]) -> set[int]:
+    """The numbers of ranks that a test marked ``mpi`` runs on: with ``size=N`` N alone, else of those given, with
+    ``min_size=N``, at least N."""
+    marks = [mark.kwargs for mark in item.iter_markers("mpi")]
+    if exact := {mark["size"] for mark in marks if "size" in mark}:
+        return exact & given if COUNTS else exact
+    return {number for number in given if all(number >= mark.get("min_size", 1) for mark in marks)}
 
 
 @pytest.hookimpl(optionalhook=True)

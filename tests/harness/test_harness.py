@@ -182,6 +182,17 @@ def test_no_test_for_these_rank_counts_is_an_error(tmp_path: Path) -> None:
     assert run.process.returncode != 0
 
 
+@pytest.mark.parametrize(("ranks", "told"), [("2", [2]), ("", [2, 5])])
+def test_a_test_for_just_so_many_ranks_runs_on_those(tmp_path: Path, ranks: str, told: list[int]) -> None:
+    suite = """
+import pytest
+@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.mpi(size=n)) for n in (2, 5)])
+def test_size(world, size): assert world.size == size
+"""
+    output = Run(tmp_path, suite, ranks).output()
+    assert [line for line in output.splitlines() if " ranks: " in line] == [f"{n} ranks: 1 passed" for n in told]
+
+
 def test_worlds_of_size_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_mpirun(ranks: int, argv: list[str], directory: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
         script = f'for r in $(seq 0 {ranks - 1}); do OMPI_COMM_WORLD_RANK=$r "$@" & done; wait'

@@ -55,7 +55,7 @@ class WithLoss(Module):
 
     def __init__(self, a: Architecture, p: ModelParallel, *, recompute: bool = False) -> None:
         self.model, self.loss = (
-            build(a, p, wrap=Recompute if recompute else None),
+            build(a, p, wrap=(lambda block, _: Recompute(block)) if recompute else None),
             VocabularyParallelCrossEntropy(p, a.vocabulary),
         )
 
@@ -110,7 +110,7 @@ def test_recompute_changes_nothing(name: str) -> None:
     a = ARCHITECTURES[name]
     found = []
     for recompute in (False, True):
-        model = build(a, place(5), wrap=Recompute if recompute else None)
+        model = build(a, place(5), wrap=(lambda block, _: Recompute(block)) if recompute else None)
         parameters = model.initialise(2, np.float64)
         y, saved = model.forward(tokens(a, 5))
         model.backward(np.cos(y), saved, wgrad.now)

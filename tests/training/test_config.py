@@ -26,6 +26,7 @@ from hpcmp.training.config import (
     reference,
     with_layout,
 )
+from hpcmp.training.layout import short
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -65,14 +66,14 @@ def test_an_empty_file_is_the_default_configuration(write):
 
 def test_derived_values_of_both_styles():
     gpt = Config(model=Model(hidden=96, heads=3)).resolved().model
-    assert (gpt.kv_heads, gpt.head_size, gpt.ffn, gpt.tied, gpt.bias) == (3, 32, 384, True, True)
+    assert (gpt.kv_heads, gpt.head_size, gpt.ffn, gpt.expert_ffn, gpt.tied, gpt.bias) == (3, 32, 384, 384, True, True)
     llama = Config(model=Model(style="llama", hidden=96, heads=4, kv_heads=2)).resolved(vocabulary=300).model
     assert (llama.kv_heads, llama.head_size, llama.ffn, llama.tied, llama.bias) == (2, 24, 256, False, False)
     assert llama.vocabulary == 300 and gpt.vocabulary is None
 
 
 def test_derived_values_do_not_replace_given_ones():
-    given = Model(kv_heads=1, head_size=50, ffn=7, tied=False, bias=False, vocabulary=10)
+    given = Model(kv_heads=1, head_size=50, ffn=7, expert_ffn=5, tied=False, bias=False, vocabulary=10)
     assert Config(model=given).resolved(vocabulary=99).model == given
 
 
@@ -88,7 +89,7 @@ def test_derived_values_across_sections():
 def test_resolving_twice_is_resolving_once():
     once = Config(model=Model(style="llama")).resolved(ranks=4, vocabulary=256)
     assert once.resolved(ranks=4, vocabulary=256) == once
-    assert all(getattr(once.model, f.name) is not None for f in dataclasses.fields(Model))
+    assert all(getattr(once.model, f.name) is not None for f in dataclasses.fields(Model) if f.metadata["rule"])
 
 
 @pytest.mark.parametrize(
@@ -271,10 +272,32 @@ def test_suggestions_for_many_ranks_are_quick():
 
 
 def test_the_short_form_of_a_layout():
-    base = Layout(dp=4, pp=3, tp=8, recompute=True, bucket_mb=1.0)
-    wanted = Layout(pp=2, tp=2, sequence_parallel=True, schedule="zb-h1", recompute=True, bucket_mb=1.0)
+    base = Layout(dp=4, pp=3, tp=8, ep=4, ulysses=2, recompute="full", zero=1, bucket_mb=1.0)
+    wanted = Layout(pp=2, tp=2, sequence_parallel=True, schedule="zb-h1", recompute="full", zero=1, bucket_mb=1.0)
     assert parse_layout("tp=2,pp=2,sp=1,schedule=zb-h1,micro=3", base) == wanted
-    assert parse_layout("dp=2, recompute=0", base) == Layout(dp=2, recompute=False, bucket_mb=1.0)
+    assert parse_layout("dp=2, recompute=none", base) == Layout(dp=2, zero=1, bucket_mb=1.0)
+
+
+KEYS = {
+    "dp=8,pp=2,cp=4,tp=3,tp_y=2,tp_z=5,ep=4,ulysses=2,sp=0,schedule=interleaved,virtual=2,stages=3+2+2+1": {},
+    "dp=2,zero=3,zero_group=2,recompute=attention,recompute_every=2,offload=both": {"bucket_mb": 1.0},
+    "dp=1,pp=2,tp=2,sp=1,schedule=file:a/b.txt": {},
+}
+
+
+@pytest.mark.parametrize("text", KEYS)
+def test_every_key_of_the_short_form_is_read_and_written(text):
+    layout = parse_layout(text, Layout(**KEYS[text]))
+    assert parse_layout(short(layout), Layout(**KEYS[text])) == layout
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        found = getattr(layout, {"sp": "sequence_parallel"}.get(key, key))
+        assert str(int(found) if isinstance(found, bool) else found) == value
+
+
+def test_every_key_of_a_layout_but_bucket_mb_is_in_the_short_form():
+    keys = {item.partition("=")[0] for text in KEYS for item in text.split(",")} - {"sp"} | {"sequence_parallel"}
+    assert keys == {field.name for field in dataclasses.fields(Layout)} - {"bucket_mb"}
 
 
 def test_the_short_form_with_a_microbatch():
@@ -293,7 +316,9 @@ def test_the_short_form_with_a_microbatch():
         ("sp=2", "layout.sequence_parallel"),
         ("micro=0", "micro"),
         ("micro=x", "micro"),
-        ("schedule=2f2b", '"1f1b"'),
+        ("recompute=some", '"full"'),
+        ("zero=4", "[0, 3]"),
+        ("cp=0", "layout.cp"),
         ("", "unknown key"),
         ("tp=2,,pp=2", "unknown key"),
     ],

@@ -180,7 +180,7 @@ def test_microbatches_of_an_evaluation_are_no_larger() -> None:
     with engine(config) as e:
         for count in (1, 6, 16, 17):
             batch = source_of(small(batch=count))(0, slice(0, count))
-            sizes = [len(m.place.samples) for m in e._cut(0, *batch, False) if m.place.samples is not None]
+            sizes = [len(m.place.samples) for m in e._cut(0, *batch, None, count) if m.place.samples is not None]
             assert sum(sizes) == count and max(sizes) <= 2
 
 

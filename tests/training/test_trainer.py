@@ -30,6 +30,17 @@ PAIRS = {
     8: ("layout.tp=2 layout.pp=2 layout.dp=2", "layout.tp=8"),
 }
 
+#: The same with ZeRO: from each stage to others, and to none.
+ZERO = {
+    1: ("layout.zero=1", "layout.zero=3"),
+    2: ("layout.zero=3", "layout.zero=1"),
+    3: ("layout.zero=2", "layout.zero=3"),
+    4: ("layout.tp=2 layout.zero=3", "layout.zero=2 layout.zero_group=2"),
+    8: ("layout.pp=2 layout.zero=3 layout.zero_group=2", "layout.tp=2 layout.pp=2"),
+}
+
+both = pytest.mark.parametrize("pairs", [PAIRS, ZERO], ids=["plain", "zero"])
+
 
 @pytest.fixture
 def toml(world: Intracomm, mpi_tmp_path: Path) -> Path:
@@ -51,8 +62,11 @@ def tensors(toml: Path, name: str, step: int) -> dict[str, np.ndarray[Any, Any]]
     return {tensor: checkpoint.read(tensor) for tensor in checkpoint.tensors}
 
 
-def test_a_continued_run_equals_the_uninterrupted_one_bit_for_bit(world: Intracomm, toml: Path) -> None:
-    layout = PAIRS[world.size][0]
+@both
+def test_a_continued_run_equals_the_uninterrupted_one_bit_for_bit(
+    world: Intracomm, toml: Path, pairs: dict[int, tuple[str, str]]
+) -> None:
+    layout = pairs[world.size][0]
     whole = run(toml, world, "whole", layout)
     run(toml, world, "parts", layout, "train.steps=3")
     parts = run(toml, world, "parts", layout)
@@ -63,8 +77,9 @@ def test_a_continued_run_equals_the_uninterrupted_one_bit_for_bit(world: Intraco
         assert not [name for name in a if not np.array_equal(a[name], b[name])]
 
 
-def test_a_run_goes_on_on_another_layout(world: Intracomm, toml: Path) -> None:
-    first, second = PAIRS[world.size]
+@both
+def test_a_run_goes_on_on_another_layout(world: Intracomm, toml: Path, pairs: dict[int, tuple[str, str]]) -> None:
+    first, second = pairs[world.size]
     double = "train.dtype=float64"
     run(toml, world, "moved", first, double, "train.steps=3")
     run(toml, world, "moved", second, double)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from hpcmp.errors import InputError
-from hpcmp.module import Parameter
+from hpcmp.module import Module, Parameter
+from hpcmp.parallel.buckets import Buckets
 from hpcmp.training import verify as module
 from hpcmp.training.config import Config
 from hpcmp.training.engine import Engine
-from hpcmp.training.verify import Difference, Report, resolve, short, source_of, verify
-from tests.layouts import ODD, engine, layouts, small, spread
+from hpcmp.training.layout import short
+from hpcmp.training.verify import Difference, Report, resolve, source_of, verify
+from tests.layouts import ODD, assert_serial, engine, layouts, small, spread
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -37,12 +39,6 @@ FEW = {"layers": 1, "heads": 2, "kv_heads": 1, "vocabulary": 3, "ffn": 3, "seque
 def some(configs: list[Config], world: Intracomm, turn: int, of: int) -> list[Config]:
     """All of ``configs`` on up to 4 ranks; on more, where there are many, the turn of one of ``of`` cases."""
     return configs if world.size <= 4 else configs[turn::of]
-
-
-def assert_serial(configs: list[Config], world: Intracomm | None, limit: float = LIMIT) -> None:
-    for report in verify(configs, world, source_of(configs[0])):
-        far = {p.name: (p.gradient, p.weight) for p in report.parameters if max(p.gradient, p.weight) > limit}
-        assert report.worst <= limit, f"{report.layout}: loss {report.loss:.1e}, norm {report.norm:.1e}, {far}"
 
 
 @pytest.mark.mpi
@@ -94,7 +90,7 @@ def test_idle_ranks(world: Intracomm) -> None:
 
 
 def test_serial_without_mpi() -> None:
-    config = small(microbatch=2, recompute=True)
+    config = small(microbatch=2, recompute="full")
     (report,) = verify([config], None, source_of(config))
     assert report.worst <= LIMIT and report.layout == "dp=1,pp=1,tp=1,recompute=full" and report.ranks == 1
     with engine(config) as e:
@@ -170,10 +166,11 @@ def test_worst_is_infinite_for_what_is_no_number() -> None:
     ],
 )
 def test_parameters_that_do_not_cover_the_model_are_an_error(change: Any, message: str) -> None:
-    p = Parameter((2, 3), name="a")
+    layer = Module()
+    layer.p = p = Parameter((2, 3), name="a")  # type: ignore[attr-defined]
     change(p)
     with engine(small()) as e:
-        e.buckets.parameters = [p]
+        e.buckets = Buckets(layer, e.mesh)
         with pytest.raises(RuntimeError, match=message):
             module._check_cover(e.mesh, e, {"a": (2, 3)})
 

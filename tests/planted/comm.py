@@ -1,0 +1,71 @@
+"""Ranks on nodes, sums over nodes, and the groups of a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpcmp.comm.base import Pending
+from hpcmp.comm.hierarchical import _Sum
+from hpcmp.comm.mesh import Mesh
+from hpcmp.comm.topology import Topology
+from tests.comm.test_topology import assert_tensor_parallel_groups_stay_on_a_node
+from tests.planted.machinery import Patch, planted
+
+NODES = "0,0,1,1"  # of the ranks, for HPCMP_NODES
+
+
+@planted(check=assert_tensor_parallel_groups_stay_on_a_node, ranks=4)
+def nodes_counted_by_rank(patch: Patch) -> None:
+    """Ranks are taken to share a node with the ranks next to them, where the launcher has dealt them out in turn."""
+    patch.setattr(Topology, "order", property(lambda self: list(range(len(self.nodes)))))
+
+
+@planted("dp=4", hierarchical="yes")
+def part_of_a_sum_over_nodes_not_gathered(patch: Patch) -> None:
+    """After a sum over nodes a rank keeps the part that it was given, and its own addends in place of the others."""
+    patch.setenv("HPCMP_NODES", NODES)
+    right_start, right_next = _Sum.__init__, _Sum.next
+
+    def start(self: Any, group: Any, x: Any) -> None:
+        self.x = x
+        right_start(self, group, x)
+
+    def next(self: Any) -> None:
+        if self.phase == 1:
+            right_next(self)
+            return
+        part, self.phase = self.pending.wait(), 3
+        y, first = self.x.copy(), sum(self.rows[: self.group.inside.rank])
+        y[first : first + len(part)] = part
+        self.pending = Pending(y)
+
+    patch.setattr(_Sum, "__init__", start)
+    patch.setattr(_Sum, "next", next)
+
+
+@planted("dp=4", hierarchical="yes")
+def sum_of_a_node_counted_twice(patch: Patch) -> None:
+    """Of the nodes that a sum goes over, the first one adds its part before the sum and after it."""
+    patch.setenv("HPCMP_NODES", NODES)
+    right = _Sum.next
+
+    def next(self: Any) -> None:
+        if self.phase == 1 and self.group.across.rank == 0:
+            self.pending = Pending(2 * self.pending.wait())
+        right(self)
+
+    patch.setattr(_Sum, "next", next)
+
+
+@planted("dp=4,ep=2", raises=RuntimeError, experts=4)
+def experts_summed_over_the_other_fold(patch: Patch) -> None:
+    """Ranks that hold copies of the same experts are found as if ep varied slowest, and not fastest, of edp x ep."""
+    right = Mesh.place
+
+    def place(self: Mesh, rank: Any) -> dict[str, Any]:
+        found = right(self, rank)
+        data = found["edp"] * self.parts["ep"] + found["ep"]
+        each = self.shape["dp"] * self.shape["cp"] * self.shape["tp_z"] // self.parts["ep"]
+        return found | {"ep": data // each}
+
+    patch.setattr(Mesh, "place", place)
