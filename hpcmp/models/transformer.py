@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from .. import partition
 from ..layers.activation import GELU, SwiGLU
-from ..layers.attention import CausalAttention, Heads, Rope
+from ..layers.attention import Heads, Rope, attention_core
 from ..layers.dropout import Dropout
 from ..layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
+from ..layers.moe import MixtureOfExperts
 from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.parallel import ModelParallel
 from ..module import Module, Parameter, Residual, Sequential, normal
@@ -57,7 +58,7 @@ class Stage:
         return range(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
 
 
-Wrap = Callable[[Sequential], Module]
+Wrap = Callable[[Sequential, int], Module]
 
 
 def build(
@@ -72,8 +73,8 @@ def build(
 
     tokens (S, batch) integers; activations (s, batch, hidden); logits (S, batch, this rank's vocabulary rows).
     Parameters have the same names, shapes and initial values on every layout; they have no arrays yet (see
-    ``Module.initialise``). wrap: what becomes of each block, such as its recomputation. table: the embedding's table,
-    where another stage on this rank has it already and weights are tied.
+    ``Module.initialise``). wrap: what becomes of each block, and its number, such as its recomputation. table: the
+    embedding's table, where another stage on this rank has it already and weights are tied.
     """
     parallel, stage = parallel or ModelParallel(), stage or Stage()
     layers: dict[str, Module] = {}
@@ -82,10 +83,10 @@ def build(
         layers["embedding"] = VocabularyParallelEmbedding(parallel, table)
         if a.style == "gpt":
             layers["positions"] = LearnedPositions(parallel, a.sequence, a.hidden, normal(a.init_std))
-        layers["dropout"] = Dropout(parallel, a.dropout, "embedding/dropout")
+        layers["dropout"] = Dropout(parallel, a.hidden, a.dropout, "embedding/dropout")
     for i in stage.blocks(a.layers):
-        made = block(a, parallel, f"blocks/{i}")
-        layers[f"blocks/{i}"] = wrap(made) if wrap else made
+        made = block(a, parallel, f"blocks/{i}", experts=a.has_experts(i))
+        layers[f"blocks/{i}"] = wrap(made, i) if wrap else made
     if stage.last:
         layers["norm"] = _norm(a, parallel)
         layers["head"] = ParallelHead(parallel, table if a.tied else _table(a, parallel, "head/table"))
@@ -101,9 +102,13 @@ def build_stages(
     return [build(a, parallel, stage, wrap=wrap, table=table) for stage in stages]
 
 
-def block(a: Architecture, parallel: ModelParallel, name: str) -> Sequential:
-    """One transformer block, (s, batch, hidden) -> (s, batch, hidden). ``name`` keys its dropout masks."""
-    attention, mlp = _attention(a, parallel, f"{name}/attention"), _mlp(a, parallel, f"{name}/mlp")
+def block(a: Architecture, parallel: ModelParallel, name: str, *, experts: bool = False) -> Sequential:
+    """One transformer block, (s, batch, hidden) -> (s, batch, hidden). ``name`` keys its dropout masks.
+
+    experts: whether its MLP is a mixture of experts.
+    """
+    attention = _attention(a, parallel, f"{name}/attention")
+    mlp = (_experts if experts else _mlp)(a, parallel, f"{name}/mlp")
     return Sequential(attention=Residual(**attention), mlp=Residual(**mlp))
 
 
@@ -120,12 +125,12 @@ def _attention(a: Architecture, parallel: ModelParallel, name: str) -> dict[str,
         "qkv": ColumnParallelLinear(parallel, a.hidden, outputs, bias=a.bias, initial=normal(a.init_std)),
     }
     if a.style == "llama":
-        layers["rope"] = Rope(a.head_size, a.rope_theta)
-    layers["core"] = CausalAttention(heads, parallel.cursor, a.dropout, f"{name}/core")
+        layers["rope"] = Rope(parallel, a.head_size, a.rope_theta)
+    layers["core"] = attention_core(heads, parallel, a.dropout, f"{name}/core")
     layers["out"] = RowParallelLinear(
         parallel, (a.heads, a.head_size), a.hidden, bias=a.bias, initial=normal(a.leaving_std)
     )
-    layers["dropout"] = Dropout(parallel, a.dropout, f"{name}/dropout")
+    layers["dropout"] = Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout")
     return layers
 
 
@@ -136,7 +141,32 @@ def _mlp(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Modul
         "up": ColumnParallelLinear(parallel, a.hidden, {"weight": up}, bias=a.bias, initial=normal(a.init_std)),
         "activation": SwiGLU() if a.style == "llama" else GELU(),
         "down": RowParallelLinear(parallel, (a.ffn,), a.hidden, bias=a.bias, initial=normal(a.leaving_std)),
-        "dropout": Dropout(parallel, a.dropout, f"{name}/dropout"),
+        "dropout": Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout"),
+    }
+
+
+def _experts(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Module]:
+    """In the place of ``_mlp``."""
+    mixture = MixtureOfExperts(
+        parallel,
+        a.hidden,
+        a.expert_ffn,
+        a.experts,
+        a.experts_per_token,
+        shared=a.shared_experts,
+        gated=a.style == "llama",
+        bias=a.bias,
+        router=a.router,
+        capacity=a.capacity,
+        balance_loss=a.balance_loss,
+        z_loss=a.z_loss,
+        initial=normal(a.init_std),
+        leaving=normal(a.leaving_std),
+    )
+    return {
+        "norm": _norm(a, parallel),
+        "mixture": mixture,
+        "dropout": Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout"),
     }
 
 
@@ -160,4 +190,4 @@ def embedding_table(a: Architecture, parallel: ModelParallel, stage: Stage) -> P
 
 
 def _table(a: Architecture, parallel: ModelParallel, name: str) -> Parameter:
-    return parallel.sharded(a.vocabulary, a.hidden, axis=0, initial=normal(a.init_std), name=name)
+    return parallel.sharded(a.vocabulary, a.hidden, axis=0, hidden=1, initial=normal(a.init_std), name=name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..comm.fit import divisors
 from ..errors import InputError
 from . import schema
 from .layout import Layout as Layout
@@ -71,6 +72,10 @@ class Model(Section):
             raise InputError(
                 f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}"
             )
+        if model.experts and model.experts_every > model.layers:
+            raise InputError(
+                f"model.experts_every = {model.experts_every}: none of model.layers = {model.layers} blocks has experts"
+            )
         if model.heads % model.kv_heads:
             raise InputError(f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}")
         if llama and model.head_size % 2:
@@ -96,6 +101,8 @@ class Train(Section):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = option(
         "float32", "numbers of weights and activations; with 16 bits, gradients and master weights are float32"
     )
+    loss_scale: float = derived("65536 for float16, else 1", "factor of the loss in the backward", POSITIVE)
+    loss_scale_window: int = option(2000, "with float16: good steps after which `loss_scale` doubles", SIZE)
     device: Literal["cpu", "cuda"] = option("cpu", "where arrays live")
     minutes: float | None = option(None, "save and stop after so long", POSITIVE)
 
@@ -133,6 +140,9 @@ class Communication(Section):
 
     backend: Literal["auto", "mpi", "nccl"] = option("auto", "`auto`: NCCL for arrays on GPUs, else MPI")
     cuda_aware: Literal["auto", "yes", "no"] = option("auto", "whether MPI may be handed GPU pointers; `auto`: ask it")
+    hierarchical: Literal["auto", "yes", "no"] = option(
+        "auto", "whether MPI's sums over nodes go through each node's ranks first; `auto`: large ones (docs/topology.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -181,14 +191,18 @@ class Config:
         ``layout.dp`` and ``model.vocabulary`` are filled in if ``ranks`` and ``vocabulary`` are given, else left alone.
         Idempotent. Raises InputError naming the keys that do not fit.
         """
-        train, run = self.train, fill(self.run, directory="runs/unnamed")
+        train = fill(self.train, loss_scale=65536.0 if self.train.dtype == "float16" else 1.0)
+        run = fill(self.run, directory="runs/unnamed")
         if train.microbatch is not None and train.microbatch > train.batch:
             raise InputError(f"train.microbatch = {train.microbatch} is more than train.batch = {train.batch}")
         if self.communication.backend == "nccl" and train.device != "cuda":
             raise InputError('communication.backend = "nccl" needs train.device = "cuda"')
+        self.layout.blocks(self.model.layers)
+        _check_experts(self.model, self.layout)
         return dataclasses.replace(
             self,
             model=fill(self.model, vocabulary=vocabulary).resolved(),
+            train=train,
             optimizer=self.optimizer.resolved(train.steps),
             layout=self.layout.resolved(ranks),
             checkpoint=fill(self.checkpoint, directory=str(Path(run.directory) / "checkpoints")),
@@ -215,6 +229,19 @@ class Config:
 
 #: The class of every section, in the order of the file.
 SECTIONS: dict[str, type[Section]] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
+
+
+def _check_experts(model: Model, layout: Layout) -> None:
+    """Raise InputError unless every rank of ep has an expert, and experts are cut along axes that cut them."""
+    most = max(1, model.experts)
+    if layout.ep > most:
+        fits = max(n for n in divisors(layout.ep) if n <= most)
+        raise InputError(f"layout.ep = {layout.ep} is more than model.experts = {model.experts}; ep={fits} would fit")
+    if model.experts and layout.tp_y > 1:
+        raise InputError(
+            f"layout.tp_y = {layout.tp_y} does not cut experts (model.experts = {model.experts}); "
+            f"tp_y=1,tp={layout.tp * layout.tp_y} would fit"
+        )
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import partition
-from ..arrays import module_for, to_host
+from ..arrays import dtype_of, module_for, to_host
+from ..comm.base import Communicator
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..layers.loss import VocabularyParallelCrossEntropy
+from ..layers.moe.router import LOSSES
 from ..layers.parallel import ModelParallel
 from ..models.architecture import Architecture
-from ..models.transformer import Stage, build
-from ..module import Recompute
-from ..optim.adamw import AdamW
+from ..models.transformer import Stage, build_stages
+from ..module import Module, Sequential
+from ..offload import Host, Offload
+from ..optim.make import make_optimizer
 from ..optim.rate import warmup_cosine
 from ..parallel.buckets import Buckets
 from ..parallel.pipeline import Microbatch, Pipeline
-from ..parallel.schedules import SCHEDULES
-from .config import Config
+from ..parallel.schedules import Schedule
+from ..recompute import recompute
+from .config import Config, Layout
+from .measure import measure, measured_stages
+from .scaler import LossScale
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,19 +39,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Result:
     """What a step did, the same on every rank: the mean loss in nats a token, the gradient's norm before clipping, the
-    learning rate, and whether any rank asked to stop."""
+    learning rate, whether any rank asked to stop, and whether the step was skipped since float16 overflowed.
+
+    Of the routers of experts, means over their layers, no part of ``loss``: their losses ``balance`` and ``z``, before
+    their weights, and ``dropped``, the share of the choices that were beyond the capacity; zero without experts."""
 
     loss: float
     norm: float
     rate: float
     stop: bool
+    skipped: bool = False
+    balance: float = 0.0
+    z: float = 0.0
+    dropped: float = 0.0
 
 
 class Engine:
     """One optimizer step at a time on any layout; every layout gives the same numbers.
 
-    config must be resolved, with the vocabulary known and ``layout`` equal to the mesh. Each rank holds its pipeline
-    stage's and its tensor-parallel rank's share of the parameters, gradients and moments.
+    config must be resolved, with the vocabulary known and ``layout`` equal to the mesh; where
+    ``layout.stages`` is "measured", ``self.config`` has the numbers. Each rank holds its pipeline stages' and its
+    tensor-parallel rank's share of the parameters, gradients and moments.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
@@ -59,19 +75,29 @@ class Engine:
             tp_y=mesh["tp_y"],
             ring=mesh["ring"],
             ulysses=mesh["ulysses"],
+            cp=mesh["cp"],
             ep=mesh["ep"],
         )
         pp = mesh["pp"]
-        wrap = Recompute if layout.recompute == "full" else None
-        self.stage = build(self.architecture, self.parallel, Stage(pp.rank, pp.size), wrap=wrap)
-        self.buckets = Buckets(self.stage, mesh, size=layout.bucket_mb * 2**20, dtype=train.dtype, xp=self.xp)
-        self.stage.initialise(train.seed, train.dtype, self.xp)
+        self.dtype, self.host = dtype_of(train.dtype), Host(self.xp)
+        self.loss_scale = LossScale(train.loss_scale, window=train.loss_scale_window, dynamic=train.dtype == "float16")
+        schedule = layout.pipeline()
+        if layout.stages == "measured":
+            self.config, layout = self._measure(schedule.stages(pp.size))
+        places = stages_of(schedule, pp, layout.blocks(self.architecture.layers))
+        self.stages = build_stages(self.architecture, self.parallel, places, wrap=self._wrap)
+        size = layout.bucket_mb * 2**20
+        self.buckets = Buckets(self.stages, mesh, zero=layout.zero, size=size, dtype=self.dtype, xp=self.xp)
+        self.buckets.initialise(train.seed)
         o = config.optimizer
-        self.optimizer = AdamW(self.buckets, betas=o.betas, epsilon=o.epsilon, weight_decay=o.weight_decay, clip=o.clip)
+        settings = {key: getattr(o, key) for key in ("weight_decay", "clip", "betas", "epsilon", "momentum")}
+        host = self.host if layout.offload in ("optimizer", "both") else None
+        self.optimizer = make_optimizer(o.name, self.buckets, host=host, **settings)
         loss = VocabularyParallelCrossEntropy(self.parallel, self.architecture.vocabulary)
         self.pipeline = Pipeline(
-            self.stage, loss, pp, SCHEDULES[layout.schedule], self.cursor, self._shape, self.xp.empty(0, train.dtype)
+            self.stages, loss, pp, schedule, self.cursor, self._shape, self.xp.empty(0, self.dtype)
         )
+        schedule(pp.rank, pp.size, self.microbatches())  # one from a file refuses too many
 
     @property
     def share(self) -> slice:
@@ -100,19 +126,50 @@ class Engine:
         """
         o = self.config.optimizer
         self.buckets.zero()
+        self.cursor.losses.clear()
         scale = 1 / (self.config.train.batch * inputs.shape[0])
-        total = self.pipeline.step(self._cut(step, inputs, targets, samples, scale), scale, self.buckets.ready)
+        weight = self.loss_scale.scale * scale
+        quiet = "ignore" if self.loss_scale.dynamic else None  # an overflow is no news: the norm tells
+        with np.errstate(over=quiet, invalid=quiet):
+            total = self.pipeline.step(self._cut(step, inputs, targets, samples, weight), weight, self.buckets)
         self.buckets.finish()
         assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
         rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
-        norm = self.optimizer.step(rate)
-        loss, stops = self._sum(self._mine(total) * scale, float(stop))
-        return Result(loss, norm, rate, stops > 0)
+        norm = self.optimizer.step(rate, scale=self.loss_scale.scale)
+        skipped = self.loss_scale.update(math.isfinite(norm))
+        routers = [self.cursor.losses.get(name, 0.0) for name in LOSSES]
+        loss, stops, balance, z, choices, dropped = self._sum(self._mine(total) * scale, float(stop), *routers)
+        mean = scale / max(1, self.architecture.expert_layers)
+        return Result(loss, norm, rate, stops > 0, skipped, balance * mean, z * mean, dropped / max(1, choices))
 
     def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
         """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
-        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, None))
+        largest = -(-batch // self.mesh["dp", "tp_z"].size)
+        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, None, largest))
         return self._sum(self._mine(total) / (batch * inputs.shape[0]))[0]
+
+    def _wrap(self, block: Sequential, i: int) -> Module:
+        """What the layout makes of block ``i``."""
+        layout = self.config.layout
+        made = recompute(block, layout.recompute if (i + 1) % layout.recompute_every == 0 else "none")
+        return Offload(made, self.host) if layout.offload in ("activations", "both") else made
+
+    def _measure(self, stages: int) -> tuple[Config, Layout]:
+        """The configuration, and its layout, with measured numbers of blocks."""
+        samples = -(-self.config.train.batch // self.mesh["dp", "tp_z"].size)
+        samples = -(-samples // self.microbatches())
+        every = self.config.layout.recompute_every
+        costs = measure(
+            self.architecture,
+            self.parallel,
+            samples,
+            self.dtype,
+            self.config.train.device,
+            self._wrap,
+            lambda i: (self.architecture.has_experts(i), (i + 1) % every == 0),
+        )
+        layout = dataclasses.replace(self.config.layout, stages=measured_stages(self.mesh, stages, costs))
+        return dataclasses.replace(self.config, layout=layout), layout
 
     def _sum(self, *values: float) -> list[float]:
         """Sums over all ranks, the same on every one."""
@@ -129,10 +186,12 @@ class Engine:
         targets: NDArray[Any],
         samples: NDArray[np.int64],
         weight: float | None,
+        largest: int | None = None,
     ) -> list[Microbatch]:
         """This rank's positions of its replica's samples in microbatches, as even as can be; some may be empty where
-        shares are uneven. ``weight`` is that of a token's loss in the gradient, None in evaluation."""
-        largest, length, training = None if weight else len(samples), len(inputs), weight is not None
+        shares are uneven: every replica has equally many. ``weight`` is that of a token's loss in the gradient, None in
+        evaluation; ``largest`` the most samples of a replica, by default those of a step."""
+        length, training = len(inputs), weight is not None
         made = []
         self.cursor.place = Place(length=length)
         positions = self.parallel.context()
@@ -156,12 +215,25 @@ class Engine:
         return len(self.parallel.positions()), len(place.samples), hidden.stop - hidden.start
 
 
+def stages_of(schedule: Schedule, pp: Communicator, blocks: tuple[int, ...]) -> list[Stage]:
+    """The virtual stages that this rank of ``pp`` holds, chunk by chunk; ``blocks``: how many blocks each has."""
+    size = schedule.stages(pp.size)
+    ends = schedule.holder(0, pp.size)[0] != schedule.holder(size - 1, pp.size)[0]
+    numbers = (schedule.stage(pp.rank, pp.size, chunk) for chunk in range(schedule.chunks))
+    return [Stage(number, size, blocks, ends) for number in numbers]
+
+
 def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
     """The mesh of a resolved configuration over ``comm`` (None: this process alone)."""
     layout, communication = config.layout, config.communication
     axes = {axis: getattr(layout, axis) for axis in (*Mesh.axes, "ulysses", "ep", "shard")}
     return make_mesh(
-        comm, config.train.device, backend=communication.backend, cuda_aware=communication.cuda_aware, **axes
+        comm,
+        config.train.device,
+        backend=communication.backend,
+        cuda_aware=communication.cuda_aware,
+        hierarchical=communication.hierarchical,
+        **axes,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import random
-from ..arrays import module_for, to_host
+from ..arrays import dtype_of, module_for, to_host, wide
 from ..checkpoint import Checkpoint, Slab, open_checkpoint
 from ..cursor import Cursor, Place
 from ..data.tokenizer import Tokenizer, tokenizer_from
@@ -49,7 +49,7 @@ class Generator:
         self.architecture, self.xp = architecture(config), module_for(device)
         self.cursor = Cursor()
         self.model = build(self.architecture, ModelParallel(self.mesh["tp"], self.cursor))
-        parameters = self.model.initialise(0, config.train.dtype, self.xp)
+        parameters = self.model.initialise(0, wide(dtype_of(config.train.dtype)), self.xp)
         self.checkpoint.load([Slab(f"model/{p.name}", p.shape, p.index, p.data) for p in parameters])
         self.tokenizer = _tokenizer(self.checkpoint)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import partition
+from ..comm.fit import check_cuts, divisors
 from ..errors import InputError
+from ..parallel.schedules import Schedule, make_schedule
 from .schema import POSITIVE, SIZE, Section, checked, derived, fill, nearest, option
 from .toml import literal
 
@@ -22,11 +26,13 @@ class Layout(Section):
     cp: int = option(1, "ranks that share each sequence (context parallelism)", SIZE)
     tp: int = option(1, "ranks that share each layer (tensor parallelism)", SIZE)
     tp_y: int = option(1, "3-D tensor parallelism: ranks that share the inner axis of each weight", SIZE)
-    tp_z: int = option(1, "3-D tensor parallelism: ranks that share the samples, and hold a part of each weight", SIZE)
+    tp_z: int = option(1, "3-D tensor parallelism: ranks that share samples and weights (`zero` = 3)", SIZE)
     ep: int = option(1, "ranks, of dp x cp x tp_z, that share the experts (expert parallelism)", SIZE)
     ulysses: int = option(1, "ranks, of cp, that exchange heads for positions; the others form a ring", SIZE)
     sequence_parallel: bool = derived("true when tp > 1", "share the sequence between the layers' sharded parts too")
-    schedule: str = option("1f1b", "order of a stage's work on microbatches: a name, or `file:PATH`")
+    schedule: str = option(
+        "1f1b", "order of work: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, or `file:PATH` (docs/schedules.md)"
+    )
     virtual: int = option(1, "virtual stages of each pipeline rank, for `interleaved`", SIZE)
     stages: str = option("even", 'blocks of each virtual stage: `even`, `measured`, or numbers such as "3+2+2"')
     zero: int = option(0, "shard over dp x cp: 1 optimizer states, 2 gradients too, 3 weights too", "[0, 3]")
@@ -58,10 +64,61 @@ class Layout(Section):
         """The ranks that share what ZeRO shards: 1 without it."""
         return (self.zero_group or self.data) if self.zero else 1
 
+    def pipeline(self) -> Schedule:
+        """The schedule of ``pp`` ranks. Raises InputError if there is none such."""
+        try:
+            made = make_schedule(self.schedule, self.virtual)
+            made(0, self.pp, 0)  # that of a file is for one number of ranks
+        except InputError as error:
+            raise InputError(f"layout.schedule: {error}") from None
+        return made
+
+    def blocks(self, layers: int) -> tuple[int, ...]:
+        """How many of ``layers`` blocks each virtual stage has; as even as can be unless ``stages`` gives numbers.
+
+        Raises InputError if those are not one a virtual stage, or do not sum to ``layers``.
+        """
+        stages = self.pipeline().stages(self.pp)
+        if self.stages in ("even", "measured"):
+            return tuple(partition.sizes(layers, stages))
+        words = self.stages.split("+")
+        if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+            raise InputError(f'layout.stages = "{self.stages}": expected even, measured, or numbers such as "3+2+2"')
+        sizes = tuple(int(word) for word in words)
+        if len(sizes) != stages or sum(sizes) != layers:
+            raise InputError(
+                f'layout.stages = "{self.stages}" are {len(sizes)} stages of {sum(sizes)} blocks in all; there are '
+                f"{stages} virtual stages and model.layers = {layers}"
+            )
+        return sizes
+
     def resolved(self, ranks: int | None = None) -> Layout:
         """With derived values filled in; ``dp`` only if the number of ranks is known. Raises InputError."""
+        self.pipeline()
         layout: Layout = fill(self, sequence_parallel=self.tp > 1)
-        return layout if ranks is None else check_layout(layout, ranks)
+        if self.tp_z > 1:
+            layout = _with_z(layout)
+        layout = layout if ranks is None else check_layout(layout, ranks)
+        known = layout.dp is not None
+        check_cuts(
+            **{axis: getattr(layout, axis) or 1 for axis in ("dp", "cp", "tp_z", "ulysses")},
+            ep=layout.ep if known else 1,
+            shard=layout.shard if known else 1,
+        )
+        return layout
+
+
+def _with_z(layout: Layout) -> Layout:
+    """The z of a 3-D grid: each rank of tp_z holds a part of the weights and takes other samples, which is ``zero`` = 3
+    over tp_z (or more ranks). Raises InputError for another ``zero``."""
+    if layout.zero not in (0, 3):
+        raise InputError(f"layout.zero = {layout.zero}: layout.tp_z = {layout.tp_z} shares the weights; 3 would fit")
+    if (layout.zero_group or layout.tp_z) % layout.tp_z:
+        raise InputError(
+            f"layout.zero_group = {layout.zero_group} is no multiple of layout.tp_z = {layout.tp_z}, whose ranks share"
+            f" the weights; {layout.tp_z} would fit"
+        )
+    return dataclasses.replace(layout, zero=3, zero_group=layout.zero_group or layout.tp_z)
 
 
 def check_layout(layout: Layout, ranks: int) -> Layout:
@@ -77,22 +134,48 @@ def check_layout(layout: Layout, ranks: int) -> Layout:
         problem = f"{product} = {inner} does not divide the {ranks} ranks"
     else:
         problem = f"layout.dp x {product} = {layout.ranks}, and there are {ranks} ranks"
-    raise InputError(f"{problem}; {' or '.join(_fitting(layout, ranks))} would fit")
+    fits = " or ".join(_fitting(layout, ranks)) or "nothing with this layout.schedule and layout.stages"
+    raise InputError(f"{problem}; {fits} would fit")
 
 
 def _fitting(layout: Layout, ranks: int) -> list[str]:
-    """Up to three layouts of ``ranks`` ranks, the nearest to ``layout`` first; axes beyond pp and tp are kept if they
-    divide the ranks, else given up."""
-    kept = {axis: getattr(layout, axis) for axis in ("cp", "tp_z", "tp_y") if getattr(layout, axis) > 1}
-    if ranks % math.prod(kept.values()):
-        kept = {}
-    left = ranks // math.prod(kept.values())
-    divisors = [d for d in range(1, left + 1) if left % d == 0]
-    fits = [(tp, pp) for tp in divisors for pp in divisors if left % (tp * pp) == 0]
-    fits.sort(key=lambda fit: abs(math.log(fit[0] / layout.tp)) + abs(math.log(fit[1] / layout.pp)))
-    dp = "" if layout.dp is None else "dp={},"
-    more = "".join(f",{axis}={n}" for axis, n in kept.items())
-    return [dp.format(left // (tp * pp)) + f"tp={tp},pp={pp}{more}" for tp, pp in fits[:3]]
+    """Up to three layouts of ``ranks`` ranks, the nearest to ``layout`` first, as ``--layout`` takes them. Of the axes
+    beyond pp and tp as much is kept as divides the ranks; what is named is named because ``layout`` has it too."""
+    kept: dict[str, Any] = {}
+    left = ranks
+    for axis in ("cp", "tp_z", "tp_y"):
+        kept[axis] = math.gcd(getattr(layout, axis), left)
+        left //= kept[axis]
+    pairs = [(tp, pp) for tp in divisors(left) for pp in divisors(left // tp)]
+    pairs.sort(key=lambda pair: abs(math.log(pair[0] / layout.tp)) + abs(math.log(pair[1] / layout.pp)))
+    fits = (dataclasses.replace(layout, dp=left // (tp * pp), tp=tp, pp=pp, **kept) for tp, pp in pairs)
+    return [_in_words(layout, fit) for fit in itertools.islice(filter(_runs, fits), 3)]
+
+
+def _runs(layout: Layout) -> bool:
+    """Whether there is such a schedule, and ``stages``, where it is numbers, has one for each virtual stage."""
+    try:
+        stages = layout.pipeline().stages(layout.pp)
+    except InputError:
+        return False
+    return layout.stages in ("even", "measured") or layout.stages.count("+") + 1 == stages
+
+
+def _in_words(layout: Layout, fit: Layout) -> str:
+    """The axes of ``fit``, with the nearest cuts of them that are possible, as far as ``layout`` has them."""
+    ep = _nearest(layout.ep, divisors(fit.data))
+    groups = [n for n in divisors(fit.data) if n % fit.tp_z == 0 and (n % ep == 0 or ep % n == 0)]
+    named = {"dp": fit.dp} if layout.dp else {}
+    named |= {"tp": fit.tp, "pp": fit.pp}
+    named |= {axis: getattr(fit, axis) for axis in ("cp", "tp_z", "tp_y") if getattr(layout, axis) > 1}
+    named |= {"ulysses": _nearest(layout.ulysses, divisors(fit.cp))} if layout.ulysses > 1 else {}
+    named |= {"ep": ep} if layout.ep > 1 else {}
+    named |= {"zero_group": _nearest(layout.zero_group, groups)} if layout.zero and layout.zero_group else {}
+    return ",".join(f"{key}={n}" for key, n in named.items())
+
+
+def _nearest(value: int, fits: list[int]) -> int:
+    return min(fits, key=lambda n: abs(math.log(n / value)))
 
 
 #: The axes, which ``--layout`` sets to 1 where it does not name them (dp: to what is left of the ranks).
@@ -120,7 +203,7 @@ def read_layout(text: str, base: Layout) -> tuple[Layout, int | None]:
     micro = None
     for item in text.split(","):
         name, _, word = (part.strip() for part in item.partition("="))
-        value: Any = int(word) if word.isascii() and word.isdigit() else word
+        value: Any = int(word) if word.isascii() and word.isdigit() and name != "stages" else word
         try:
             if name == "micro":
                 if not isinstance(value, int) or value < 1:
@@ -142,7 +225,8 @@ def short(layout: Layout) -> str:
     default, text = Layout(), f"dp={layout.dp or 1},pp={layout.pp},tp={layout.tp}"
     for key, name in _KEYS.items():
         value = getattr(layout, name)
-        said = {"sp": layout.tp > 1, "schedule": layout.pp > 1}.get(key, value not in (None, getattr(default, name)))
+        said = value not in (None, False, getattr(default, name))
+        said = said or {"sp": layout.tp, "schedule": layout.pp}.get(key, 1) > 1
         if said and key not in ("dp", "pp", "tp"):
             text += f",{key}={int(value) if isinstance(value, bool) else value}"
     return text

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..arrays import to_host
+from ..arrays import to_host, wide
 
 log = logging.getLogger("hpcmp")
 
@@ -91,7 +91,7 @@ def peak_flops(xp: ModuleType, dtype: DTypeLike) -> float:
 
     Measured, not looked up, with all ranks at it together, so that a share of it is what the run could at most reach.
     """
-    n = 768 if xp is np else 4096
+    n, dtype = (768, wide(dtype)) if xp is np else (4096, dtype)  # a CPU computes in no format of 16 bits
     a = xp.ones((n, n), dtype)
     out = xp.empty((n, n), dtype)
     best = 0.0
@@ -111,7 +111,7 @@ def plot(path: Path, output: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
+        points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, style, label=label, linewidth=1 if key == "loss" else 2, markersize=4)

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, HpcmpError, InputError
 from .config import Config
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
+from .measure import measured_before
 from .metrics import Metrics, Progress, peak_flops, plot
 from .state import check_same_model, load_slabs, save_slabs
 
@@ -49,7 +50,12 @@ class Trainer:
             self.inputs = Inputs(self.config, self.mesh)
             self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
             self._open_directory()
+        again = self.config.checkpoint.resume and checkpoints(self.checkpoints)
+        self.config = measured_before(self.config, self.mesh, self.directory / "config.toml" if again else None)
         self.engine = Engine(self.config, self.mesh)
+        self.config = self.engine.config
+        if self.logs:
+            (self.directory / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
         self.step = 0
         self.reason = "finished"
         self._stop = False
@@ -60,7 +66,7 @@ class Trainer:
             self._resume()
         if self.logs:
             self.metrics.forget_after(self.step)
-        peak = sum(self.mesh.gather_objects(peak_flops(self.engine.xp, train.dtype)))
+        peak = sum(self.mesh.gather_objects(peak_flops(self.engine.xp, self.engine.dtype)))
         flops = self.engine.architecture.flops_per_token(self.config.model.sequence)
         self.tokens = train.batch * self.config.model.sequence
         self.progress = Progress(train.steps, self.tokens, flops, peak, self.config.run.log_seconds, self.step)
@@ -91,7 +97,7 @@ class Trainer:
                 self.request_stop(f"train.minutes = {limit:g} are over")
             start = time.perf_counter()
             result = self.engine.step(self.step, *self.inputs.train.next(), stop=self._stop)
-            if not math.isfinite(result.norm):
+            if not math.isfinite(result.norm) and not result.skipped:
                 raise HpcmpError(f"step {self.step}: loss {result.loss}, gradient norm {result.norm}; {self._last()}")
             self.step += 1
             self._record(result, time.perf_counter() - start)
@@ -169,6 +175,7 @@ class Trainer:
             "hpcmp": __version__,
             "config": self.config.to_dict(),
             "optimizer_steps": self.engine.optimizer.steps,
+            "loss_scale": self.engine.loss_scale.state(),
             "sampler": self.inputs.sampler.state_dict(),
             "layout": dataclasses.asdict(self.config.layout),
         }
@@ -205,7 +212,6 @@ class Trainer:
                 (folder / ".hpcmp-writable").unlink()
             except OSError as error:
                 raise InputError(f"{key}: cannot write in {folder}: {error.strerror}") from None
-        (self.directory / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole; a damaged one is named and passed over."""
@@ -219,6 +225,7 @@ class Trainer:
                     check_same_model(checkpoint, self.config)
                     self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
                 checkpoint.load(load_slabs(self.engine))
+                self.engine.buckets.publish()
             except CheckpointError as error:
                 if last:
                     raise
@@ -226,6 +233,8 @@ class Trainer:
                     log.warning("%s; trying the one before", error)
                 continue
             self.engine.optimizer.steps = checkpoint.state["optimizer_steps"]
+            if "loss_scale" in checkpoint.state:  # else written before there was one
+                self.engine.loss_scale.load(checkpoint.state["loss_scale"])
             self.step = checkpoint.step
             self._saved = checkpoint.step, checkpoint.path
             if self.logs:
@@ -240,23 +249,32 @@ class Trainer:
                 *(c.model.style, f"{self.engine.architecture.parameters:,}", c.model.layers, self.mesh.size),
                 *(c.layout.dp, c.layout.pp, c.layout.tp, c.train.batch, c.model.sequence, self.engine.microbatches()),
             )
+            if self.mesh.size > 1:
+                log.info("%s", self.mesh.describe())
+            if advice := self.mesh.advice():
+                log.warning("%s", advice)
 
     def _record(self, result: Result, seconds: float) -> None:
         if not self.logs:
             return
         per_second, share = self.progress.rates(1, seconds)
+        routers = ("balance", "z", "dropped") if self.config.model.experts and not result.skipped else ()
         self.metrics.write(
             {
                 "step": self.step - 1,
                 "tokens": self.step * self.tokens,
-                "loss": result.loss,
-                "norm": result.norm,
+                "loss": result.loss if math.isfinite(result.loss) else None,  # a skipped step's may be neither
+                "norm": None if result.skipped else result.norm,
                 "rate": result.rate,
+                **{name: getattr(result, name) for name in routers},
                 "seconds": seconds,
                 "tokens_per_second": per_second,
                 "share_of_peak": share,
             }
         )
+        if result.skipped:
+            scale = self.engine.loss_scale.scale
+            log.info("step %d: the gradient overflows float16; skipped, the loss scale is %g now", self.step - 1, scale)
         self.progress.after(self.step, result.loss, result.norm)
 
     def _last(self) -> str:

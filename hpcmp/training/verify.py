@@ -18,9 +18,11 @@ from ..data.loader import Batches
 from ..data.sampler import Sampler
 from ..data.tokens import TokenFile
 from ..errors import InputError
-from ..module import DATA, Index, Parameter
+from ..module import Index
+from ..parallel.bucket import Bucket
+from ..parallel.pieces import Piece
 from .config import Config, Layout
-from .engine import Engine, mesh_for
+from .engine import Engine, Result, mesh_for
 from .layout import short as short
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Report:
 class _Serial:
     """What rank 0 keeps of the serial run."""
 
-    losses: list[float] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     weights: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -145,7 +147,7 @@ def _run_serial(config: Config, source: Source, steps: int) -> _Serial:
         engine = Engine(dataclasses.replace(config, layout=layout, train=train), mesh)
         for step in range(steps):
             result = engine.step(step, *source(step, engine.share))
-            out.losses.append(result.loss)
+            out.losses.append(_losses(result))
             out.norms.append(result.norm)
             parameters = engine.buckets.parameters
             out.gradients.append({p.name: to_host(p.grad).copy() for p in parameters})
@@ -166,36 +168,55 @@ def _compare(
         names = _broadcast(comm, [(n, a.shape) for n, a in serial.gradients[0].items()] if serial.gradients else None)
         found = {name: Difference(name, shape) for name, shape in names}
         _check_cover(mesh, engine, dict(names))
-        mine = {p.name: p for p in engine.buckets.parameters}
+        mine = _held(engine)
         for step in range(steps):
             result = engine.step(step, *source(step, engine.share))
             losses, norms = _broadcast(comm, (serial.losses, serial.norms))
-            report.loss = max(report.loss, _relative(result.loss, losses[step]))
+            report.loss = max(report.loss, *map(_relative, _losses(result), losses[step]))
             report.norm = max(report.norm, _relative(result.norm, norms[step]))
             for kind, wholes, floor in (("gradient", serial.gradients, 1e-3), ("weight", serial.weights, 1e-1)):
                 top = _broadcast(comm, max(map(_size, wholes[step].values())) if wholes else None)
                 for name, difference in found.items():
                     whole = _broadcast(comm, wholes[step][name] if wholes else None)
                     scale = max(_size(whole), floor * top)
-                    error = _error(mine.get(name), kind, whole) / scale if scale else 0.0
+                    error = max((_error(*held, kind, whole) for held in mine.get(name, ())), default=0.0)
+                    error = error / scale if scale else 0.0
                     setattr(difference, kind, max(getattr(difference, kind), _worst(mesh, error)))
         report.parameters = list(found.values())
     return report
 
 
-def _error(p: Parameter | None, kind: str, whole: NDArray[Any]) -> float:
-    if p is None:
-        return 0.0
-    mine = to_host(p.grad if kind == "gradient" else p.data)
-    if mine.shape != whole[p.index].shape:
+def _held(engine: Engine) -> dict[str, list[tuple[Bucket, Piece]]]:
+    """What this rank holds of each parameter, by its name."""
+    held: dict[str, list[tuple[Bucket, Piece]]] = {}
+    for bucket in engine.buckets.buckets:
+        for piece in bucket.pieces():
+            held.setdefault(piece.parameter.name, []).append((bucket, piece))
+    return held
+
+
+def _error(bucket: Bucket, piece: Piece, kind: str, whole: NDArray[Any]) -> float:
+    """The largest difference between this rank's piece and the same elements of ``whole``; of weights, the master's and
+    those that the layers use, where they are there."""
+    p = piece.parameter
+    flats = [bucket.grad if kind == "gradient" else bucket.master]
+    pairs = [(flat[piece.place], whole[p.index].reshape(-1)[piece.start : piece.stop]) for flat in flats]
+    if kind == "weight" and p.data is not None:
+        pairs.append((p.data, whole[p.index]))
+    if any(mine.shape != there.shape for mine, there in pairs):
         return math.inf
-    return _size(mine - whole[p.index])
+    return max(_size(to_host(mine) - there) for mine, there in pairs)
 
 
 def _size(x: NDArray[Any]) -> float:
     """The largest magnitude; infinite if there is any NaN, which no comparison would otherwise see."""
     top = float(np.abs(x).max()) if x.size else 0.0
     return top if math.isfinite(top) else math.inf
+
+
+def _losses(result: Result) -> list[float]:
+    """The loss, and those of routers."""
+    return [result.loss, result.balance, result.z, result.dropped]
 
 
 def _relative(a: float, b: float) -> float:
@@ -213,11 +234,17 @@ def _broadcast(comm: MPI.Intracomm | None, value: Any) -> Any:
 
 
 def _check_cover(mesh: Mesh, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The owned parts of the ranks of one replica must tile every parameter once, or norms are wrong."""
-    owned: list[tuple[str, Index]] = [(p.name, p.owned) for p in engine.buckets.parameters]
-    everyone = mesh.gather_objects(owned if all(mesh.coordinates[axis] == 0 for axis in DATA) else [])
+    """The owned parts of the pieces that the first of all copies hold must tile every parameter once, or norms are
+    wrong."""
+    owned: list[tuple[str, Index]] = [
+        (piece.parameter.name, index)
+        for bucket in engine.buckets.buckets
+        if bucket.replicas.rank == 0
+        for piece in bucket.pieces()
+        for index, _ in piece.cut(bucket.grad[piece.place], piece.parameter.owned)
+    ]
     counts = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}
-    for name, index in (item for items in everyone for item in items):
+    for name, index in (item for items in mesh.gather_objects(owned) for item in items):
         if name not in counts:
             raise RuntimeError(f"{name} is no parameter of the serial model")
         counts[name][index] += 1
