@@ -31,6 +31,8 @@ ROUNDED: dict[str, tuple[int, ...]] = {
     "row_max": (),
     "cross_entropy_parts": (),
     "square_sum": (),
+    "router_scores": (),
+    "combine_backward_gates": (),
 }
 
 

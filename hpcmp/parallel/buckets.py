@@ -20,8 +20,8 @@ from .pieces import Piece as Piece
 from .zero import gather_units
 
 #: How many buckets' gradients are scattered at once: without ZeRO there is nothing to scatter, and what is scattered is
-#: held besides what is filled from stage 2 on.
-_FLYING = {0: 0, 1: math.inf, 2: 2, 3: 2}
+#: held besides what is filled from stage 2 on (in stage 1 a shard of it).
+_FLYING = {0: 0, 1: 8, 2: 2, 3: 2}
 
 
 class Buckets:

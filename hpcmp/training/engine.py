@@ -129,7 +129,7 @@ class Engine:
         self.cursor.losses.clear()
         scale = 1 / (self.config.train.batch * inputs.shape[0])
         weight = self.loss_scale.scale * scale
-        quiet = "ignore" if self.loss_scale.dynamic else None  # an overflow is no news: the norm tells
+        quiet: Any = "ignore" if self.loss_scale.dynamic else None  # an overflow is no news: the norm tells
         with np.errstate(over=quiet, invalid=quiet):
             total = self.pipeline.step(self._cut(step, inputs, targets, samples, weight), weight, self.buckets)
         self.buckets.finish()
