@@ -143,6 +143,19 @@ def test_backward_frees_each_activation_as_it_goes() -> None:
     assert seen == [True]
 
 
+class Told:
+    """A sink that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def begin(self, module: Any) -> None:
+        self.events.append(("begin", module))
+
+    def done(self, module: Any, final: bool) -> None:
+        self.events.append(("done", module, final))
+
+
 def test_a_queue_gives_the_same_gradients_later() -> None:
     x = draw(5, 3)
     module = Sequential(Affine(3, 4), Square(), Affine(4, 2))
@@ -151,11 +164,11 @@ def test_a_queue_gives_the_same_gradients_later() -> None:
     dx_queued, before = gradients(module, x, queue)
     np.testing.assert_array_equal(dx_queued, dx)
     assert all(not grad.any() for grad in before.values())
-    done: list[Any] = []
-    queue.flush(Now(done.append))
+    sink = Told()
+    queue.flush(Now(sink, final=True))
     for p in module.parameters():
         np.testing.assert_array_equal(p.grad, now[p.name])
-    assert done == [module.layers["2"], module.layers["0"]]  # in the order of backward
+    assert [event[1] for event in sink.events[::2]] == [module.layers["2"], module.layers["0"]]  # as in the backward
     queue.flush()
     np.testing.assert_array_equal(module.parameters()[0].grad, now["0/weight"])  # nothing is left to add
 
@@ -172,11 +185,13 @@ def test_a_queue_frees_what_it_has_computed() -> None:
     assert alive == [3, 2, 1]
 
 
-def test_now_tells_which_module_is_done() -> None:
-    done: list[Any] = []
+@pytest.mark.parametrize("final", [False, True])
+def test_now_tells_the_sink_before_and_after_each_module(final: bool) -> None:
+    sink = Told()
     module = Sequential(Affine(3, 4), Square(), Affine(4, 2))
-    _, found = gradients(module, draw(5, 3), Now(done.append))
-    assert done == [module.layers["2"], module.layers["0"]]
+    _, found = gradients(module, draw(5, 3), Now(sink, final))
+    last, first = module.layers["2"], module.layers["0"]
+    assert sink.events == [("begin", last), ("done", last, final), ("begin", first), ("done", first, final)]
     np.testing.assert_equal(found, gradients(module, draw(5, 3))[1])
 
 

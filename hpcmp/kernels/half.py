@@ -17,7 +17,7 @@ from ..arrays import is_half
 from . import update
 
 #: Kernels that only move numbers.
-EXACT = {"rows", "embedding"}
+EXACT = {"rows", "embedding", "membership", "within_capacity"}
 
 #: Of which results only the first (0) or none are 16-bit numbers again; all those of every other kernel are.
 ROUNDED: dict[str, tuple[int, ...]] = {
@@ -32,7 +32,6 @@ ROUNDED: dict[str, tuple[int, ...]] = {
     "cross_entropy_parts": (),
     "square_sum": (),
     "router_scores": (),
-    "combine_backward_gates": (),
 }
 
 

@@ -53,6 +53,11 @@ def cross_entropy_arguments(d: Sizes) -> tuple[Array, Array, Array]:
     return logits, d.whole(-1, d.f + 9, d.s, 2), np.maximum(reference.row_max(logits), 0)
 
 
+def chosen(d: Sizes) -> Array:
+    """Three different experts of seven for each of (s, 2) tokens."""
+    return d.rng.permuted(np.broadcast_to(np.arange(7), (d.s, 2, 7)), axis=-1)[..., :3]
+
+
 def adamw_arguments(d: Sizes) -> list[Array]:
     return [d.real(d.s * d.f), d.real(d.s * d.f), d.real(d.s * d.f), d.real(d.s * d.f) ** 2]
 
@@ -96,6 +101,13 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
         cross_entropy_arguments(d)[2] + d.dtype(1),
     ],
     "square_sum": lambda d: [d.real(d.s, 2, d.f)],
+    "router_scores": lambda d: [d.real(d.s, 2, 7), "softmax"],
+    "router_scores_backward": lambda d: [d.real(d.s, 2, 7), abs(d.real(d.s, 2, 7)), "sigmoid"],
+    "top_k": lambda d: [d.real(d.s, 2, 7), 3],
+    "membership": lambda d: [chosen(d), 7],
+    "within_capacity": lambda d: [chosen(d), 7, 2],
+    "combine": lambda d: [d.real(d.s, 3), d.real(d.s, 3, d.f)],
+    "combine_backward_gates": lambda d: [d.real(d.s, d.f), d.real(d.s, 3, d.f)],
     "adamw": adamw_arguments,
     "adam_update": lambda d: adamw_arguments(d)[1:],
     "sgd": lambda d: adamw_arguments(d)[1:],

@@ -145,13 +145,13 @@ def test_state_is_a_view_of_each_moment_of_each_parameter() -> None:
     for p in parameters:
         p.grad[...] = p.data
     adamw.step(RATE)
-    state = {(kind, id(p)): array for kind, p, array in adamw.state()}
+    state = {(kind, id(piece.parameter)): array for kind, piece, array in adamw.state()}
     assert len(state) == 2 * len(parameters)
     for p in parameters:
-        np.testing.assert_allclose(state["m", id(p)], (1 - BETAS[0]) * p.grad, rtol=1e-13)
-        np.testing.assert_allclose(state["v", id(p)], (1 - BETAS[1]) * p.grad**2, rtol=1e-13)
+        np.testing.assert_allclose(state["m", id(p)], (1 - BETAS[0]) * p.grad.reshape(-1), rtol=1e-13)
+        np.testing.assert_allclose(state["v", id(p)], (1 - BETAS[1]) * p.grad.reshape(-1) ** 2, rtol=1e-13)
     state["m", id(parameters[0])][...] = 7  # what loading a checkpoint does
-    assert any((m == 7).any() for m in adamw.moments["m"])
+    assert any((states["m"].host() == 7).any() for states in adamw.states)
 
 
 @pytest.mark.mpi
