@@ -1,8 +1,8 @@
 """The maths on local arrays: one function a kernel, forward and backward twins.
 
-``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, and ``update`` for optimizers, are the
-specification of every kernel and the oracle of every test; ``cpu`` and ``cuda`` override what is worth overriding;
-``half`` makes of a set one for arrays of 16 bits.
+``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, with ``attention``, ``moe`` and, for
+optimizers, ``update``, is the specification of every kernel and the oracle of every test; ``cpu`` and ``cuda`` override
+what is worth overriding; ``half`` makes of a set one for arrays of 16 bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, is_half
-from . import cpu, cuda, moe, reference, update
+from . import attention, cpu, cuda, moe, reference, update
 from .half import Half
 
 
@@ -21,7 +21,7 @@ class KernelSet:
     """The functions of the specification, and in place of some those of ``overrides``."""
 
     def __init__(self, *overrides: ModuleType) -> None:
-        for module in (reference, moe, update, *overrides):
+        for module in (reference, attention, moe, update, *overrides):
             functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
             vars(self).update({k: v for k, v in functions.items() if v.__module__ == module.__name__})
 

@@ -141,7 +141,7 @@ class Communication(Section):
     backend: Literal["auto", "mpi", "nccl"] = option("auto", "`auto`: NCCL for arrays on GPUs, else MPI")
     cuda_aware: Literal["auto", "yes", "no"] = option("auto", "whether MPI may be handed GPU pointers; `auto`: ask it")
     hierarchical: Literal["auto", "yes", "no"] = option(
-        "auto", "whether MPI's sums over nodes go through each node's ranks first; `auto`: large ones (docs/topology.md)"
+        "auto", "whether MPI's sums over nodes go through each node's ranks first; `auto`: large ones"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from hpcmp import kernels
 from hpcmp.arrays import Array
-from hpcmp.kernels import reference
+from hpcmp.kernels import attention, reference
 
 RNG = np.random.default_rng
 
@@ -93,10 +93,10 @@ def test_attention_backward(heads: int, groups: int, dropout: bool, keys: int, c
     keep = (RNG(0).random((2, heads, 5, keys)) < 0.7) / 0.7 if dropout else None
 
     def gradients(dy: Array) -> tuple[Array, ...]:
-        o, lse = reference.attention(q, k, v, 0.4, keep, causal)
-        return reference.attention_backward(dy, q, k, v, o, lse, 0.4, keep, causal)
+        o, lse = attention.attention(q, k, v, 0.4, keep, causal)
+        return attention.attention_backward(dy, q, k, v, o, lse, 0.4, keep, causal)
 
-    check_backward(lambda q, k, v: reference.attention(q, k, v, 0.4, keep, causal)[0], [q, k, v], gradients)
+    check_backward(lambda q, k, v: attention.attention(q, k, v, 0.4, keep, causal)[0], [q, k, v], gradients)
 
 
 @pytest.mark.parametrize("cuts", [(2,), (0, 7), (1, 4)])
@@ -104,17 +104,17 @@ def test_blocks_of_keys_merge_to_attention_of_all(cuts: tuple[int, ...]) -> None
     """Forward and backward, block by block; some blocks are empty. The scores differ by more than exp can."""
     q, k, v, dy = 300 * draw(5, 2, 6, 4), draw(7, 2, 3, 4), draw(7, 2, 3, 4, 2)[..., 0], draw(5, 2, 6, 4, 2)[..., 1]
     keep = (RNG(0).random((2, 6, 5, 7)) < 0.7) / 0.7
-    whole = reference.attention(q, k, v, 1.0, keep, False)
+    whole = attention.attention(q, k, v, 1.0, keep, False)
     parts = [slice(a, b) for a, b in zip((0, *cuts), (*cuts, 7), strict=True)]
     o, lse = np.zeros_like(q), np.full((2, 6, 5), -np.inf)  # of no keys
     with np.errstate(all="raise", under="ignore"):
         for part in parts:
-            block = reference.attention(q, k[part], v[part], 1.0, keep[..., part], False)
-            o, lse = reference.merge_attention(o, lse, *block)
+            block = attention.attention(q, k[part], v[part], 1.0, keep[..., part], False)
+            o, lse = attention.merge_attention(o, lse, *block)
     for a, b in zip((o, lse), whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-    expected = reference.attention_backward(dy, q, k, v, *whole, 1.0, keep, False)
-    found = [reference.attention_backward(dy, q, k[s], v[s], o, lse, 1.0, keep[..., s], False) for s in parts]
+    expected = attention.attention_backward(dy, q, k, v, *whole, 1.0, keep, False)
+    found = [attention.attention_backward(dy, q, k[s], v[s], o, lse, 1.0, keep[..., s], False) for s in parts]
     dq, dk, dv = sum(f[0] for f in found), *(np.concatenate([f[i] for f in found]) for i in (1, 2))
     for a, b in zip((dq, dk, dv), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * abs(b).max())
@@ -205,7 +205,7 @@ def test_attention_row_by_row(dropout: bool) -> None:
     s, b, n, k, d = 5, 2, 6, 3, 4
     q, key, v = draw(s, b, n, d), draw(s, b, k, d), draw(d, k, b, s).T
     keep = (RNG(1).random((b, n, s, s)) < 0.7) / 0.7 if dropout else None
-    o, lse = reference.attention(q, key, v, 0.3, keep)
+    o, lse = attention.attention(q, key, v, 0.3, keep)
     for t, i, head in np.ndindex(s, b, n):
         group = head // (n // k)
         scores = [0.3 * float(q[t, i, head] @ key[u, i, group]) for u in range(t + 1)]
