@@ -22,7 +22,7 @@ a layout:
   dp, pp, tp       replicas, pipeline stages, tensor-parallel ranks (1 if not named)
   sp               sequence parallelism: 1 or 0
   schedule         1f1b, gpipe or zb-h1
-  recompute        1 or 0
+  recompute        none, full, attention or activations
   micro            samples in a microbatch
 
 Rank 0 holds the whole serial model in float64: give a smaller model.* if yours does not fit. The batches are those of

@@ -7,6 +7,26 @@ import math
 from ..errors import InputError
 
 
+def check_size(shape: dict[str, int], ranks: int, **cuts: int) -> None:
+    """Raise InputError unless the axes of ``shape`` make ``ranks``, with each axis whose change alone would do, as far
+    as the cuts (see ``check_cuts``) go with it."""
+    size = math.prod(shape.values())
+    if size == ranks:
+        return
+    fits = []
+    for axis, n in shape.items():
+        changed = shape | {axis: ranks * n // size}
+        try:
+            if ranks * n % size == 0:
+                check_cuts(**{name: changed[name] for name in ("dp", "cp", "tp_z")}, **cuts)
+                fits.append(f"{axis}={changed[axis]}")
+        except InputError:
+            continue
+    product = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1 or axis in ("dp", "pp", "tp"))
+    told = f"{' or '.join(fits) or f'dp={ranks} alone'} would fit"
+    raise InputError(f"layout: {product} needs {size} ranks, and there are {ranks}; {told}")
+
+
 def check_cuts(*, dp: int, cp: int, tp_z: int, ulysses: int, ep: int, shard: int) -> None:
     """Raise InputError, with what would fit, unless ``ulysses`` divides cp, ``ep`` and ``shard`` (layout.zero_group)
     divide dp x cp x tp_z, and one of these two the other."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from ..errors import InputError
 from .base import Communicator, Solo
-from .fit import check_cuts, divisors
+from .fit import check_cuts, check_size, divisors
 from .topology import Topology, find
 from .traffic import Traffic
 
@@ -76,16 +75,16 @@ class Mesh:
     ) -> None:
         self.shape = {"dp": dp, "pp": pp, "cp": cp, "tp_z": tp_z, "tp_y": tp_y, "tp": tp}
         self.size = math.prod(self.shape.values())
-        have = 1 if comm is None else comm.size
-        if self.size != have:
-            product = " x ".join(f"{axis}={n}" for axis, n in self.shape.items() if n > 1 or axis in ("dp", "pp", "tp"))
-            raise InputError(f"layout: {product} needs {self.size} ranks, and there are {have}")
-        check_cuts(dp=dp, cp=cp, tp_z=tp_z, ulysses=ulysses, ep=ep, shard=shard)
+        cuts = {"ulysses": ulysses, "ep": ep, "shard": shard}
+        check_size(self.shape, 1 if comm is None else comm.size, **cuts)
+        check_cuts(dp=dp, cp=cp, tp_z=tp_z, **cuts)
         self.parts = {"ulysses": ulysses, "ep": ep, "shard": shard, "eshard": max(1, shard // ep)}
         self.device, self.staged = device, staged
         self.nccl = backend == "nccl" or (backend == "auto" and device == "cuda")
         self.hierarchical = hierarchical
         found = topology or find(comm)
+        if len(found.nodes) != self.size:
+            raise ValueError(f"mesh: the topology is of {len(found.nodes)} ranks, and there are {self.size}")
         self.topology, self.sorted = found.placed, not found.in_order
         self.comm: MPI.Intracomm | None = None
         if comm is not None:

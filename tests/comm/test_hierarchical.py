@@ -34,7 +34,9 @@ NODES = {
 def comm(world: Intracomm, request: pytest.FixtureRequest) -> Iterator[HierarchicalCommunicator]:
     from hpcmp.comm.hierarchical import HierarchicalCommunicator
 
-    made = HierarchicalCommunicator(world.Dup(), NODES[request.param][: world.size], least=0)
+    made = HierarchicalCommunicator(
+        world.Dup(), NODES[request.param][: world.size], staged=request.param == "cyclic", least=0
+    )
     yield made
     made.close()
 

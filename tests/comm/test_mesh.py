@@ -10,6 +10,7 @@ import pytest
 
 from hpcmp.comm.base import Solo
 from hpcmp.comm.mesh import Mesh
+from hpcmp.comm.topology import Topology
 from hpcmp.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,36 @@ def test_the_serial_mesh_needs_no_mpi() -> None:
         for axes in ("dp", "tp", ("dp", "pp", "tp"), "ends"):
             assert isinstance(mesh[axes], Solo)
         assert mesh.gather_objects({"a": 1}) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranks", "fits"),
+    [
+        ({"dp": 4, "tp": 2}, 4, "dp=2 or tp=1"),
+        ({"dp": 2, "tp": 4, "ep": 2}, 4, "tp=2"),  # one replica could not share experts
+        ({"dp": 2, "pp": 3, "tp": 5}, 4, "dp=4 alone"),
+        ({"cp": 4, "ulysses": 4, "pp": 2}, 12, "pp=3"),
+    ],
+)
+def test_sizes_that_do_not_make_the_ranks_are_told_what_would(axes: dict[str, int], ranks: int, fits: str) -> None:
+    class Ranks:
+        size = ranks
+
+    with pytest.raises(InputError, match=rf"and there are {ranks}; {fits} would fit$"):
+        Mesh(Ranks(), **axes)  # type: ignore[arg-type]
+    shape = {axis: n for axis, n in axes.items() if axis not in ("ep", "ulysses")}
+    for text in fits.removesuffix(" alone").split(" or "):
+        axis, n = text.split("=")
+        with pytest.raises(AttributeError):  # it goes on, to the first thing that it does with the ranks
+            kept = {} if "alone" in fits else axes
+            Mesh(Ranks(), **kept | {axis: int(n)})  # type: ignore[arg-type]
+    assert np.prod(list(shape.values())) != ranks
+
+
+@pytest.mark.mpi
+def test_a_topology_of_other_ranks_is_refused(world: Intracomm) -> None:
+    with pytest.raises(ValueError, match="the topology is of"):
+        Mesh(world, dp=world.size, topology=Topology((0,) * (world.size + 1)))
 
 
 def test_a_serial_mesh_of_several_ranks_is_refused() -> None:

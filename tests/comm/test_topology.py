@@ -166,6 +166,7 @@ def test_the_numbers_are_the_same_on_any_topology(
     config = small(hierarchical=choice, dropout=0.1)
     texts = [f"dp={world.size}", f"tp={world.size}", f"pp={world.size}"]
     if world.size % 2 == 0:
-        texts.append(f"tp=2,dp={world.size // 2}")
+        texts += [f"tp=2,dp={world.size // 2}", f"dp=2,cp={world.size // 2},zero=3"]
+        texts += [f"pp=2,dp={world.size // 2},schedule=zb-h1,micro=2"]
     for report in verify([spread(config, text) for text in texts], world, source_of(config)):
         assert report.worst <= 1e-12

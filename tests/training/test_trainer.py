@@ -180,3 +180,12 @@ def test_signals_are_left_to_the_command_line(world: Intracomm, toml: Path) -> N
     before = signal.getsignal(signal.SIGTERM)
     run(toml, world, "signals", PAIRS[world.size][0], "train.steps=1")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_log_says_where_the_mesh_lies(
+    world: Intracomm, toml: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "hpcmp")
+    monkeypatch.setenv("HPCMP_NODES", "0,1")
+    run(toml, world, "placed", "train.steps=1")
+    assert ("2 nodes of " in caplog.text) is (world.rank == 0 and world.size > 1)
