@@ -60,9 +60,12 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 
 def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise CheckpointError, naming every key that differs, unless the checkpoint holds this model."""
-    then, now = config_of(checkpoint).model.resolved(), config.model  # an older one lacks keys
-    pairs = [(key, getattr(then, key), getattr(now, key)) for key in _MODEL]
-    different = [f"model.{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]
+    """Raise CheckpointError, naming every key that differs, unless the checkpoint holds this model, and the states of
+    this optimizer (whose names alone do not tell: one's momentum is not another's)."""
+    written = config_of(checkpoint)
+    then = written.model.resolved()  # an older one lacks keys
+    pairs = [(f"model.{key}", getattr(then, key), getattr(config.model, key)) for key in _MODEL]
+    pairs.append(("optimizer.name", written.optimizer.name, config.optimizer.name))
+    different = [f"{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]
     if different:
-        raise CheckpointError(f"{checkpoint.path} holds another model: {'; '.join(different)}")
+        raise CheckpointError(f"{checkpoint.path} holds another run: {'; '.join(different)}")

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, HpcmpError, InputError
 from .config import Config
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
+from .layout import short
 from .measure import measured_before
 from .metrics import Metrics, Progress, peak_flops, plot
 from .state import check_same_model, load_slabs, save_slabs
@@ -245,9 +246,9 @@ class Trainer:
         if self.logs:
             c = self.config
             log.info(
-                "%s: %s parameters, %d layers; %d ranks as dp=%s pp=%d tp=%d; batch %d x %d tokens in %d microbatches",
+                "%s: %s parameters, %d layers; %d ranks as %s; batch %d x %d tokens in %d microbatches",
                 *(c.model.style, f"{self.engine.architecture.parameters:,}", c.model.layers, self.mesh.size),
-                *(c.layout.dp, c.layout.pp, c.layout.tp, c.train.batch, c.model.sequence, self.engine.microbatches()),
+                *(short(c.layout), c.train.batch, c.model.sequence, self.engine.microbatches()),
             )
             if self.mesh.size > 1:
                 log.info("%s", self.mesh.describe())
