@@ -21,10 +21,8 @@ from numpy.typing import DTypeLike
 
 from . import random
 from .arrays import Array, wide
+from .comm.mesh import DATA as DATA
 from .wgrad import WGrad
-
-#: The mesh axes over which most parameters are copied (those of ``comm.mesh.DATA``).
-DATA = ("dp", "cp", "tp_z")
 
 Index = tuple[slice, ...]
 Initial = Callable[["Parameter", int, ModuleType], Array]

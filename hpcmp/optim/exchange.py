@@ -14,6 +14,7 @@ from ..arrays import Array
 from ..module import Index, Parameter
 from ..parallel.bucket import Bucket
 from ..parallel.buckets import Buckets
+from ..parallel.pieces import shifted
 from .parts import Part, parts
 
 _GROUP = ("dp", "cp", "tp_z", "tp_y", "tp")  # the ranks of one pipeline stage: all that hold parts of its matrices
@@ -68,7 +69,7 @@ class Exchange:
         ]
         held = [Slab(number, part.index) for _, part, number in self.parts]
         counted = [
-            Slab(number, _within(part.index, part.owned)) for _, part, number in self.parts if part.owned is not None
+            Slab(number, shifted(part.owned, part.index)) for _, part, number in self.parts if part.owned is not None
         ]
         self.held, self.counted = self._gather(held), self._gather(counted)
 
@@ -175,8 +176,3 @@ def _assign(matrices: list[Matrix], ranks: int, round_size: int) -> None:
         load[matrix.rank] += max(1, matrix.cost)
         matrix.round = filled[matrix.rank] // round_size
         filled[matrix.rank] += math.prod(matrix.shape)
-
-
-def _within(index: Index, part: Index) -> Index:
-    """``part``, relative to ``index``, in the coordinates of ``index``."""
-    return tuple(slice(s.start + p.start, s.start + p.stop) for s, p in zip(index, part, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from ..arrays import Array
 from ..module import Index, Parameter
 from ..parallel.bucket import Bucket
-from ..parallel.pieces import rectangles
+from ..parallel.pieces import rectangles, shifted
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,14 @@ def parts(bucket: Bucket) -> Iterator[Part]:
     for piece in bucket.pieces():
         p, at = piece.parameter, piece.place.start
         for local, _ in rectangles(p.local_shape, piece.start, piece.stop):
-            index = tuple(slice(i.start + s.start, i.start + s.stop) for s, i in zip(local, p.index, strict=True))
+            index = shifted(local, p.index)
             stack = p.matrix[0] if p.matrix else 0
-            for matrix in _points(index[:stack]):
+            for matrix in itertools.product(*(range(s.start, s.stop) for s in index[:stack])):
                 rest = index[stack:]
                 size = math.prod(s.stop - s.start for s in rest)
                 owned = _owned(p, matrix, rest) if counts else None
                 yield Part(p, matrix, rest, slice(at, at + size), owned)
                 at += size
-
-
-def _points(index: Index) -> Iterator[tuple[int, ...]]:
-    """Every element of a hyperslab, in C order."""
-    if not index:
-        yield ()
-        return
-    for i in range(index[0].start, index[0].stop):
-        for rest in _points(index[1:]):
-            yield (i, *rest)
 
 
 def _owned(p: Parameter, matrix: tuple[int, ...], index: Index) -> Index | None:

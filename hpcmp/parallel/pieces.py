@@ -30,14 +30,14 @@ class Piece:
         """
         p = self.parameter
         for local, run in rectangles(p.local_shape, self.start, self.stop):
-            here = _shifted(local, p.index, 1)
+            here = shifted(local, p.index)
             part = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(here, within, strict=True))
             if all(s.start < s.stop for s in part):
                 view = flat[run.start - self.start : run.stop - self.start].reshape([s.stop - s.start for s in here])
-                yield part, view[_shifted(part, here, -1)]
+                yield part, view[shifted(part, here, -1)]
 
 
-def _shifted(index: Index, by: Index, sign: int) -> Index:
+def shifted(index: Index, by: Index, sign: int = 1) -> Index:
     """``index`` moved by ``sign`` times the place where ``by`` begins."""
     return tuple(slice(s.start + sign * o.start, s.stop + sign * o.start) for s, o in zip(index, by, strict=True))
 
