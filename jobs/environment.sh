@@ -27,7 +27,7 @@ hpcmp_environment() {   # EXTRAS, comma separated; may be empty
 # hpcmp_mpi_settings: what MPI needs to run any number of ranks on one machine. A batch system's allocation, and whatever
 # is set already, are left alone.
 hpcmp_mpi_settings() {
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}    # of every library, also of NumPy's
     if [[ -n ${SLURM_JOB_ID:-}${PBS_JOBID:-}${LSB_JOBID:-}${FLUX_JOB_ID:-}${COBALT_JOBID:-} ]]; then return 0; fi
     if [[ $(id -u) == 0 ]]; then    # Open MPI refuses root unless told twice; in a container root is the only user
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -41,7 +41,8 @@ hpcmp_mpi_settings() {
     export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
     if [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/mpirun ]]; then
         # PyPI's Open MPI spends a second looking for network cards; shared memory is all that one machine needs.
-        export OMPI_MCA_btl=${OMPI_MCA_btl-^ofi,uct} OMPI_MCA_pml=${OMPI_MCA_pml-ob1}
+        # Its windows over UCX write an error to the terminal whenever one in shared memory is made.
+        export OMPI_MCA_btl=${OMPI_MCA_btl-^ofi,uct} OMPI_MCA_pml=${OMPI_MCA_pml-ob1} OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
     fi
 }
 

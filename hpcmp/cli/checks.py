@@ -73,9 +73,8 @@ def _ask(function: Callable[[], Any], otherwise: Any) -> Any:
 def versions(mpi: Any) -> dict[str, str]:
     """{software: version}: what should be the same on every host."""
     numpy, h5py, cupy, nccl = (_load(name)[0] for name in ("numpy", "h5py", "cupy", "cupy.cuda.nccl"))
-    blas = _ask(lambda: numpy.show_config(mode="dicts")["Build Dependencies"]["blas"], {})
     versions = {"Python": platform.python_version(), "hpcmp": __version__, "NumPy": numpy.__version__}
-    versions["BLAS"] = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+    versions["BLAS"] = _blas().partition(",")[0]  # not its kernels: processors may differ
     mpi4py, _ = _load("mpi4py")
     versions["mpi4py"] = mpi4py.__version__ if mpi4py else "not installed"
     if mpi:
@@ -184,15 +183,33 @@ def gpu_check(ranks: list[Facts]) -> Check:
     return Check("GPUs", "warn" if advice else "ok", f"{count} x {name} for {here} ranks on this host", advice)
 
 
+def _blas() -> str:
+    """The library of matrix products."""
+    from ..kernels import blas
+
+    return str(blas.current() or "NumPy alone")
+
+
+def blas_check() -> Check:
+    """Which library makes the matrix products here, and the processor that its code is for."""
+    value, forced = _blas(), os.environ.get("OPENBLAS_CORETYPE")
+    if forced and "OpenBLAS" in value:
+        advice = "unset OPENBLAS_CORETYPE: OpenBLAS itself takes the code for this processor"
+        return Check("matrix library", "warn", f"{value} (by OPENBLAS_CORETYPE={forced})", advice)
+    return Check("matrix library", "ok", value)
+
+
 def gemm_rate(n: int = 768) -> float:
     """GFLOP/s of the best of three float32 products of n x n matrices: 2 n^3 operations each."""
     import numpy as np
+
+    from ..kernels import blas
 
     a = np.ones((n, n), np.float32)
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        blas.gemm(a, a)
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times[1:]) / 1e9
 

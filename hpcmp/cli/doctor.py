@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         *([checks.node_check(find(world))] if world else []),
         checks.parallel_hdf5(),
         checks.gpu_check(ranks),
+        checks.blas_check(),
         checks.core_check(ranks),
         checks.rate_check(ranks),
         *([checks.all_reduce_check(world)] if world and world.size > 1 else []),

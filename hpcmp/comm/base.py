@@ -12,6 +12,8 @@ what this rank sends.
 from __future__ import annotations
 
 import math
+import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -36,9 +38,11 @@ class Pending:
     def wait(self) -> Array:
         """Block until it is there; returns the array. Later calls return the same array."""
         for request in self.requests:
+            tries = 0
             while DRIVERS and not request.Test():
                 for drive in tuple(DRIVERS):
                     drive()
+                _give_way(tries := tries + 1)
             request.Wait()
         if self.finish is not None:
             self.result = self.finish(self.result)
@@ -49,6 +53,15 @@ class Pending:
         """Whether it is there; gives the library a chance to make progress."""
         self.requests = [request for request in self.requests if not request.Test()]
         return not self.requests
+
+
+def _give_way(tries: int) -> None:
+    """Between two looks at what is not there: let another process have the core, and sleep after a few milliseconds in
+    which that was for nothing."""
+    if tries < 1000:
+        os.sched_yield()
+    else:
+        time.sleep(5e-5)
 
 
 class Communicator(ABC):
@@ -176,13 +189,19 @@ class Layouts(Communicator):
         return self._send(x, peer, tag)
 
     def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
+        rows = self.shards(total, x.shape[axis])
+        if axis == 0:
+            return self.all_gather_v(x, rows)
         xp = array_module(x)
-        pending = self.all_gather_v(xp.moveaxis(x, axis, 0), self.shards(total, x.shape[axis]))
+        pending = self.all_gather_v(xp.moveaxis(x, axis, 0), rows)
         return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
 
     def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
+        rows = partition.sizes(x.shape[axis], self.size)
+        if axis == 0:
+            return self.reduce_scatter_v(x, rows)
         xp = array_module(x)
-        pending = self.reduce_scatter_v(xp.moveaxis(x, axis, 0), partition.sizes(x.shape[axis], self.size))
+        pending = self.reduce_scatter_v(xp.moveaxis(x, axis, 0), rows)
         return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
 
     def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..process import cores as cores
+from ..process import loaded
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def start_mpi() -> Any:
     if not MPI.Is_initialized():
         if wrong := _other_mpi(MPI.get_vendor()[0]):
             raise InputError(wrong)
+        if (library := mpi_library()) is not None and library.is_relative_to(sys.prefix):
+            os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # PyPI's writes an error for every window that is made
         with _alone():
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
     if wrong := wrong_mpiexec(MPI.COMM_WORLD.size):
@@ -159,12 +163,7 @@ def mpi_library() -> Path | None:
 
 
 def _loaded(name: str) -> Path | None:
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = {Path(line.split(maxsplit=5)[5]) for line in lines if line.count("/")}
-    return next((path for path in sorted(paths) if re.fullmatch(name, path.name)), None)
+    return next(iter(loaded(name)), None)
 
 
 def _function(library: Path | None, name: str) -> Any:
@@ -213,8 +212,8 @@ class Share:
 
 def share() -> Share:
     """This process's share: its affinity mask, and the threads by its BLAS or by the environment."""
-    cores = frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset(range(os.cpu_count() or 1))
-    return Share(cores, _threads(len(cores)))
+    mine = cores()
+    return Share(mine, _threads(len(mine)))
 
 
 def _threads(cores: int) -> int:

@@ -13,7 +13,7 @@ in the order of nodes sends little more over the network than this, but takes 2 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from .. import partition
@@ -41,17 +41,26 @@ class HierarchicalCommunicator(MpiCommunicator):
 
     MPI knows of one phase only. The next one is started by ``test`` and ``wait``, of any ``Pending`` of the process: a
     rank must not go into an MPI call of another kind while sums are under way that others wait for. Every phase takes
-    the messages in the order in which they were started, as MPI demands, and each has a communicator of its own.
+    the messages in the order in which they were started, as MPI demands, and each has a communicator of its own;
+    ``within`` makes those of a node's ranks.
     """
 
-    def __init__(self, comm: MPI.Intracomm, nodes: Sequence[int], *, staged: bool = False, least: int = LEAST) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        nodes: Sequence[int],
+        *,
+        staged: bool = False,
+        least: int = LEAST,
+        within: Callable[[MPI.Intracomm], MpiCommunicator] = MpiCommunicator,
+    ) -> None:
         super().__init__(comm, staged=staged)
         self.least = least
         place = list(nodes[: self.rank]).count(nodes[self.rank])  # this rank's number on its node
         self.parts = min(Counter(nodes).values())
         inside = _split(comm, nodes[self.rank])
-        self.inside = MpiCommunicator(inside)
-        self.again = MpiCommunicator(_split(inside, 0))
+        again = _split(inside, 0)
+        self.inside, self.again = within(inside), within(again)
         self.across = MpiCommunicator(_split(comm, min(place, self.parts)))
         self.holds = place < self.parts
         for phase in (self.inside, self.across, self.again):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -14,6 +16,8 @@ from .traffic import Traffic
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .mpi import MpiCommunicator
 
 #: The axes over which parameters are alike, and data differ: replicas, parts of the sequence, the z axis of a 3-D grid.
 DATA = ("dp", "cp", "tp_z")
@@ -48,8 +52,10 @@ class Mesh:
 
     backend: "mpi", "nccl", or "auto" (NCCL for arrays on a GPU, MPI for arrays on the host). staged: whether MPI gets
     host copies of device arrays instead of device pointers. hierarchical: whether MPI's large sums go through a node's
-    ranks first (``hierarchical.py``): "auto" where several of a node's ranks are in a group of several nodes. Raises
-    InputError for sizes that do not fit the ranks or one another.
+    ranks first (``hierarchical.py``): "auto" where several of a node's ranks are in a group of several nodes.
+    shared_memory: whether ranks of one node exchange host arrays through memory that they share (``window.py``), of
+    which each has ``window_mb`` MiB in each group: "auto" large ones, where there is a core for every rank; "yes" all.
+    Raises InputError for sizes that do not fit the ranks or one another.
     """
 
     axes = ("dp", "pp", "cp", "tp_z", "tp_y", "tp")
@@ -72,6 +78,8 @@ class Mesh:
         staged: bool = False,
         topology: Topology | None = None,
         hierarchical: Literal["auto", "yes", "no"] = "auto",
+        shared_memory: Literal["auto", "yes", "no"] = "auto",
+        window_mb: float = 4,
     ) -> None:
         self.shape = {"dp": dp, "pp": pp, "cp": cp, "tp_z": tp_z, "tp_y": tp_y, "tp": tp}
         self.size = math.prod(self.shape.values())
@@ -90,6 +98,7 @@ class Mesh:
         if comm is not None:
             self.comm = cast("MPI.Intracomm", comm.Split(0, found.order.index(comm.rank)))
         self.rank = 0 if self.comm is None else self.comm.rank
+        self._window = self._within(shared_memory, int(window_mb * 2**20))
         self._places = self.place(np.arange(self.size))
         self._groups: dict[frozenset[str], Communicator] = {}
 
@@ -203,13 +212,27 @@ class Mesh:
         nodes = [self.topology.nodes[rank] for rank in ranks]
         if not self.nccl and worthwhile(nodes, self.hierarchical):
             least = 0 if self.hierarchical == "yes" else LEAST
-            return HierarchicalCommunicator(comm, nodes, staged=self.staged, least=least)
+            within = self._window or MpiCommunicator
+            return HierarchicalCommunicator(comm, nodes, staged=self.staged, least=least, within=within)
+        if self._window and len(set(nodes)) == 1:
+            return self._window(comm)
         made = MpiCommunicator(comm, staged=self.staged)
         if not self.nccl:
             return made
         from .nccl import NcclCommunicator
 
         return NcclCommunicator(made)
+
+    def _within(self, choice: str, size: int) -> Callable[[MPI.Intracomm], MpiCommunicator] | None:
+        """What makes the communicator of a group within a node, where that is not an MpiCommunicator."""
+        if self.comm is None or self.size == 1 or self.nccl or self.device != "cpu" or choice == "no":
+            return None
+        from .window import LEAST, cores_for_all, shared
+
+        if choice == "auto" and not cores_for_all(self.topology.nodes, self.comm):
+            return None
+        least = LEAST if choice == "auto" else dict.fromkeys(LEAST, 0)
+        return partial(shared, size=size, least=least, staged=self.staged)
 
 
 #: The ways to cut dp x cp x tp_z: a group along some of these axes is along axes of one of the cuts.

@@ -9,9 +9,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from . import reference, update
+from . import blas, reference, update
 
 _BLOCK = 1 << 15  # elements of a block: with a few temporaries of it, about the second-level cache
+
+
+def matmul(x: NDArray[np.floating], w: NDArray[np.floating]) -> NDArray[np.floating]:
+    """See ``reference.matmul``."""
+    return blas.gemm(reference.rows(x), w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def matmul_transposed(dy: NDArray[np.floating], w: NDArray[np.floating]) -> NDArray[np.floating]:
+    """See ``reference.matmul_transposed``."""
+    return matmul(dy, w.T)
+
+
+def add_outer(grad: NDArray[np.floating], x: NDArray[np.floating], dy: NDArray[np.floating]) -> None:
+    """See ``reference.add_outer``."""
+    blas.gemm(reference.rows(x).T, reference.rows(dy), grad, accumulate=True)
 
 
 def square_sum(x: NDArray[np.floating]) -> float:

@@ -141,6 +141,7 @@ class CausalAttention(Module):
     def __init__(self, heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> None:
         self.heads, self.cursor, self.dropout, self.name = heads, parallel.cursor, dropout, name
         self.ring = Ring(parallel.ring, lambda: parallel.cursor.place.length)
+        self.blocks = heads.blocks()
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
         q, kv = x
@@ -176,7 +177,7 @@ class CausalAttention(Module):
         """Attention to one block of keys and values, and the log-sum-exp of its rows."""
         k, xp = kernels.of(q), array_module(q)
         o, lse = xp.empty_like(q), xp.empty((q.shape[1], q.shape[2], q.shape[0]), wide(q.dtype))
-        for qs, ks in self.heads.blocks():
+        for qs, ks in self.blocks:
             o[:, :, qs], lse[:, qs] = k.attention(
                 q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], self._scale(q), keep(qs), causal
             )
@@ -188,7 +189,7 @@ class CausalAttention(Module):
         """This block's part of dq, and the part of its own gradient that these queries make."""
         k, xp = kernels.of(q), array_module(q)
         dq, dkv = xp.empty_like(q), xp.zeros_like(kv)
-        for qs, ks in self.heads.blocks():
+        for qs, ks in self.blocks:
             here = (dy[:, :, qs], q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], o[:, :, qs], lse[:, qs])
             dq[:, :, qs], dk, dv = k.attention_backward(*here, self._scale(q), keep(qs), causal)
             dkv[:, :, ks, 0] += dk  # a key-value head may be read from two blocks
@@ -197,10 +198,12 @@ class CausalAttention(Module):
 
     def _keep(self, place: Place, peer: int, like: Array) -> Keep:
         """The dropout mask of some of this rank's query heads, for its queries and the keys of ``peer``."""
-        queries, keys, _ = self.ring.pair(peer)
-        positions = self.ring.positions(self.ring.comm.rank)[queries], self.ring.positions(peer)[keys]
 
         def keep(local: slice) -> Array | None:
+            if self.dropout == 0:
+                return None
+            queries, keys, _ = self.ring.pair(peer)
+            positions = self.ring.positions(self.ring.comm.rank)[queries], self.ring.positions(peer)[keys]
             first = self.heads.queries.start
             heads = slice(first + local.start, first + local.stop)
             return attention_mask(self.dropout, self.name, self.cursor, place, *positions, heads, like)

@@ -55,6 +55,7 @@ class ModelParallel:
         self.ring, self.ulysses, self.cp = ring or Solo(), ulysses or Solo(), cp or Solo()
         self.cursor = cursor or Cursor()
         self.sequence = sequence
+        self._context: tuple[int, NDArray[np.int64]] | None = None  # the last one, and its sequence's length
         self.enter: Collective = AllGather(self.tp, 0, self.length) if sequence else Copy(self.tp)
         self.leave: Collective = ReduceScatter(self.tp, 0, self.length) if sequence else AllReduce(self.tp)
         self.contract: Collective = AllReduce(self.tp_y)
@@ -66,9 +67,11 @@ class ModelParallel:
 
     def context(self) -> NDArray[np.int64]:
         """The positions of the whole sequence that this rank holds within a layer, in the order of its rows."""
-        held = self.ring_context()
-        mine: NDArray[np.int64] = held[self.ulysses.part(len(held))]
-        return mine
+        length = self.cursor.place.length
+        if self._context is None or self._context[0] != length:  # it is asked for at every collective
+            held = self.ring_context()
+            self._context = length, held[self.ulysses.part(len(held))]
+        return self._context[1]
 
     def length(self) -> int:
         """How many positions this rank holds within a layer (a method: a collective asks for it when it runs)."""

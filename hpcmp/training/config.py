@@ -104,6 +104,12 @@ class Train(Section):
     loss_scale: float = derived("65536 for float16, else 1", "factor of the loss in the backward", POSITIVE)
     loss_scale_window: int = option(2000, "with float16: good steps after which `loss_scale` doubles", SIZE)
     device: Literal["cpu", "cuda"] = option("cpu", "where arrays live")
+    blas: Literal["auto", "mkl", "openblas", "blis", "numpy"] = option(
+        "auto", "library of matrix products on the CPU; `auto`: MKL if it is there and the CPU is Intel's, else NumPy's"
+    )
+    kernels: Literal["auto", "reference"] = option(
+        "auto", "loops on the CPU; `auto`: compiled by Numba where it is installed; `reference`: NumPy's"
+    )
     minutes: float | None = option(None, "save and stop after so long", POSITIVE)
 
 
@@ -143,6 +149,10 @@ class Communication(Section):
     hierarchical: Literal["auto", "yes", "no"] = option(
         "auto", "whether MPI's sums over nodes go through each node's ranks first; `auto`: large ones"
     )
+    shared_memory: Literal["auto", "yes", "no"] = option(
+        "no", "whether a node's ranks exchange host arrays in shared memory; `auto`: large ones, if each has a core"
+    )
+    window_mb: float = option(4.0, "MiB of shared memory that a rank has in each group within a node", POSITIVE)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import partition
+from .. import kernels, partition
 from ..arrays import dtype_of, module_for, to_host
 from ..comm.base import Communicator
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
+from ..kernels import blas
 from ..layers.loss import VocabularyParallelCrossEntropy
 from ..layers.moe.router import LOSSES
 from ..layers.parallel import ModelParallel
@@ -67,6 +68,8 @@ class Engine:
         layout, train = config.layout, config.train
         self.architecture = architecture(config)
         self.xp = module_for(train.device)
+        blas.select(train.blas)
+        kernels.use(train.kernels)
         self.cursor = Cursor(train.seed)
         self.parallel = ModelParallel(
             mesh["tp"],
@@ -233,6 +236,8 @@ def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
         backend=communication.backend,
         cuda_aware=communication.cuda_aware,
         hierarchical=communication.hierarchical,
+        shared_memory=communication.shared_memory,
+        window_mb=communication.window_mb,
         **axes,
     )
 

@@ -138,6 +138,10 @@ def test_every_kernel_is_here() -> None:
 
 SIZES = [(5, 7), (1, 1), (3, 8193), (11, 3), (0, 3), (3, 0)]
 
+SETS = {"reference": kernels.REFERENCE, "numpy": kernels.NUMPY}
+if (found := kernels.with_numba()) is not None:
+    SETS["compiled"] = found[0]
+
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -151,7 +155,7 @@ def test_every_kernel_set_does_as_the_reference_in_double_precision(
     wide = [v.astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == dtype else v for v in arguments]
     expected = run(kernels.REFERENCE, name, wide)
     tolerance = 2e-5 if dtype == np.float32 else 1e-12
-    for kernel_set in (kernels.REFERENCE, kernels.CPU):
+    for kernel_set in SETS.values():
         for y, z in zip(run(kernel_set, name, arguments, contiguous), expected, strict=True):
             assert np.shape(y) == np.shape(z)
             if isinstance(y, np.ndarray) and y.dtype.kind == "f":
@@ -160,7 +164,7 @@ def test_every_kernel_set_does_as_the_reference_in_double_precision(
             np.testing.assert_allclose(y, z, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("kernel_set", [kernels.REFERENCE, kernels.CPU], ids=["reference", "cpu"])
+@pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)
 def test_large_numbers_stay_finite_in_single_precision(kernel_set: Any) -> None:
     x = np.array([-1e4, -90, -20, 0, 20, 90, 1e4], np.float32)
     one = np.ones_like(x)
@@ -179,7 +183,9 @@ def test_large_numbers_stay_finite_in_single_precision(kernel_set: Any) -> None:
 
 def test_the_set_for_an_array() -> None:
     assert kernels.of(np.zeros(3)) is kernels.CPU
-    assert kernels.CPU.gelu is not reference.gelu  # overridden
-    assert kernels.CPU.swiglu is reference.swiglu  # not overridden
+    assert kernels.NUMPY.gelu is not reference.gelu  # overridden
+    assert kernels.NUMPY.swiglu is reference.swiglu  # not overridden
     with pytest.raises(AttributeError, match="no kernel 'gelu_forward'"):
         _ = kernels.CPU.gelu_forward
+    with pytest.raises(AttributeError, match="no attribute 'GPU'"):
+        _ = kernels.GPU

@@ -1,12 +1,14 @@
-"""Ranks on nodes, sums over nodes, and the groups of a mesh."""
+"""Ranks on nodes, sums over nodes and within one, and the groups of a mesh."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hpcmp.comm import window
 from hpcmp.comm.base import Pending
 from hpcmp.comm.hierarchical import _Sum
 from hpcmp.comm.mesh import Mesh
+from hpcmp.comm.staging import TAKEN, Staging
 from hpcmp.comm.topology import Topology
 from tests.comm.test_topology import assert_tensor_parallel_groups_stay_on_a_node
 from tests.planted.machinery import Patch, planted
@@ -55,6 +57,24 @@ def sum_of_a_node_counted_twice(patch: Patch) -> None:
         right(self)
 
     patch.setattr(_Sum, "next", next)
+
+
+@planted("dp=2", shared_memory="yes")
+def neighbours_buffer_read_before_it_is_written(patch: Patch) -> None:
+    """In shared memory a rank sums what lies in its neighbour's buffer, without a look at the neighbour's counter."""
+    right = Staging._passed
+    patch.setattr(Staging, "_passed", lambda self, counter, turn: counter != TAKEN or right(self, counter, turn))
+
+
+@planted("dp=2", shared_memory="yes", window_mb=0.001)
+def last_piece_of_a_message_left_out(patch: Patch) -> None:
+    """A message through shared memory has as many pieces as it fills, and one that is not full is not sent."""
+    right = window.Transfer
+
+    def transfer(staging: Any, dtype: Any, pieces: int, *steps: Any, **named: Any) -> Any:
+        return right(staging, dtype, max(1, pieces - 1), *steps, **named)
+
+    patch.setattr(window, "Transfer", transfer)
 
 
 @planted("dp=4,ep=2", raises=RuntimeError, experts=4)

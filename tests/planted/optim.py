@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from hpcmp.kernels import CPU
 from hpcmp.layers.parallel import ModelParallel
-from hpcmp.optim import lamb
-from hpcmp.optim.exchange import Exchange
 from hpcmp.parallel.buckets import Buckets
 from tests.optim.test_adamw import assert_norms_and_biases_are_not_decayed
 from tests.planted.machinery import Patch, planted
@@ -59,29 +55,3 @@ def weight_decay_on_norms_and_biases(patch: Patch) -> None:
         return right(self, *shape, **kwargs)
 
     patch.setattr(ModelParallel, "replicated", replicated)
-
-
-@planted("tp=2,sp=0", name="lamb")
-def lamb_by_the_norms_of_a_shard(patch: Patch) -> None:
-    """The step is scaled by the norms of a rank's own shard of a parameter."""
-    patch.setattr(lamb, "Mesh", SimpleNamespace(axes=("pp",)))
-
-
-def each_part_by_itself(self: Exchange, flats: dict[int, Any]) -> Any:
-    for bucket, part, number in self.parts:
-        x = part.view(flats[id(bucket)])
-        rows = self.matrices[number].rows
-        made = CPU.orthogonalise(x.reshape(int(np.prod(x.shape[:rows])), -1)).reshape(x.shape)
-        yield bucket, part, 0.2 * max(self.matrices[number].sides) ** 0.5 * made
-
-
-@planted("tp=2,sp=0", name="muon")
-def muon_of_a_shard_over_tp(patch: Patch) -> None:
-    """A rank makes its own shard of a matrix orthogonal, not the matrix."""
-    patch.setattr(Exchange, "orthogonal", each_part_by_itself)
-
-
-@planted("dp=3,zero=1", name="muon")
-def muon_of_a_shard_over_replicas(patch: Patch) -> None:
-    """The same for the shards that ZeRO makes. (Of two replicas each has whole matrices: the cut is between blocks.)"""
-    patch.setattr(Exchange, "orthogonal", each_part_by_itself)

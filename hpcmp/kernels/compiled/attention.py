@@ -1,0 +1,206 @@
+"""Attention in blocks of queries: a block's scores stay in the second-level cache, the matrix products are CBLAS's.
+
+The loops call ``cblas_sgemm`` or ``cblas_dgemm`` through its address, so that no Python runs between the products. A
+thread takes some pairs of sample and key-value head, each from beginning to end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import attention as specification
+from .. import blas
+from .gemm import NO, T, gemm_at, single
+from .jit import FAST, exp, inline, jit, largest
+from .threads import share
+
+Floats = NDArray[np.floating]
+
+_ROWS = 64  # queries of a block: more read the keys less often, fewer compute less beyond the diagonal
+
+
+def attention(
+    q: Floats, k: Floats, v: Floats, scale: float, keep: Floats | None = None, causal: bool = True
+) -> tuple[Floats, Floats]:
+    """See ``attention.attention``."""
+    gemm = blas.address(q.dtype)
+    if gemm is None or not q.size or not k.size:
+        return specification.attention(q, k, v, scale, keep, causal)
+    (s, b, n, _), (t, _, groups, _) = q.shape, k.shape
+    q, k, v = map(_strided, (q, k, v))
+    o, lse = np.empty(q.shape, q.dtype), np.empty((b, n, s), q.dtype)
+    places = np.array([_place(x) for x in (q, k, v, o)])
+    mask, factor = _mask(keep, q), q.dtype.type(scale)
+
+    def work(first: int, last: int) -> None:
+        scores = np.empty((_ROWS, t), q.dtype)
+        _attention(o, lse, scores, mask, places, factor, causal, gemm, groups, first, last)
+
+    with single():
+        share(b * groups, s * b * n * t, work)
+    return o, lse
+
+
+def attention_backward(
+    do: Floats,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    o: Floats,
+    lse: Floats,
+    scale: float,
+    keep: Floats | None = None,
+    causal: bool = True,
+) -> tuple[Floats, Floats, Floats]:
+    """See ``attention.attention_backward``."""
+    gemm = blas.address(q.dtype)
+    if gemm is None or not q.size or not k.size:
+        return specification.attention_backward(do, q, k, v, o, lse, scale, keep, causal)
+    (s, b, n, _), (t, _, groups, _) = q.shape, k.shape
+    q, k, v = map(_strided, (q, k, v))
+    do, o, lse = (np.ascontiguousarray(x, q.dtype) for x in (do, o, lse))
+    dq, dk, dv = np.empty(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(k.shape, q.dtype)
+    places = np.array([_place(x) for x in (q, k, v, do, dq, dk, dv)])
+    mask, factor = _mask(keep, q), q.dtype.type(scale)
+
+    def work(first: int, last: int) -> None:
+        p, ds = np.empty((2, _ROWS, t), q.dtype)
+        _attention_backward(do, o, lse, p, ds, mask, places, factor, causal, gemm, groups, first, last)
+
+    with single():
+        share(b * groups, s * b * n * t, work)
+    return dq, dk, dv
+
+
+def merge_attention(o1: Floats, lse1: Floats, o2: Floats, lse2: Floats) -> tuple[Floats, Floats]:
+    """See ``attention.merge_attention``."""
+    s, b, n, d = o1.shape
+    lse = np.logaddexp(lse1, lse2)
+    finite = np.where(lse == -np.inf, 0, lse)  # else exp(-inf + inf)
+    w1, w2 = (np.ascontiguousarray(np.exp(part - finite).transpose(2, 0, 1)).reshape(-1) for part in (lse1, lse2))
+    x, y = (np.ascontiguousarray(part).reshape(s * b * n, d) for part in (o1, o2))
+    o = np.empty(x.shape, x.dtype)
+    share(len(o), o.size, lambda i, j: _merge(x[i:j], y[i:j], w1[i:j], w2[i:j], o[i:j]))
+    return o.reshape(o1.shape), lse
+
+
+def _strided(x: Floats) -> Floats:
+    """``x`` (s, b, n, d), or a copy, such that a head's (s, d) is a matrix to CBLAS: rows of adjacent numbers."""
+    step, size = x.strides[0], x.itemsize
+    rows = x.shape[0] == 1 or (step % size == 0 and step >= x.shape[3] * size)
+    return x if rows and x.strides[3] == size and x.flags.aligned else np.ascontiguousarray(x)
+
+
+def _place(x: Floats) -> tuple[int, ...]:
+    """Where ``x`` (s, b, n, d) lies: its address, its steps to the next position, sample and head in bytes, and the
+    first of these in numbers. One type for any strides, so that the loops are compiled once."""
+    step = x.strides[0] if x.shape[0] > 1 else x.shape[3] * x.itemsize
+    return x.ctypes.data, step, *x.strides[1:3], step // x.itemsize
+
+
+def _mask(keep: Floats | None, like: Floats) -> Floats:
+    return np.empty((0, 0, 0, 0), like.dtype) if keep is None else np.ascontiguousarray(keep, like.dtype)
+
+
+@inline(FAST)
+def _at(place: Any, position: int, sample: int, head: int) -> Any:
+    """The address of a head's row."""
+    return place[0] + position * place[1] + sample * place[2] + head * place[3]
+
+
+@jit
+def _attention(
+    o: Floats, lse: Floats, scores: Floats, keep: Floats, places: Any, scale: Any, causal: bool, gemm: int,
+    groups: int, first: int, last: int,
+) -> None:  # fmt: skip
+    real = o.dtype.type
+    zero, one = real(0), real(1)
+    s, n, d, t = o.shape[0], o.shape[2], o.shape[3], scores.shape[1]
+    q, k, v, out = places[0], places[1], places[2], places[3]
+    heads, sums = n // groups, np.empty(_ROWS, o.dtype)
+    for pair in range(first, last):
+        i, g = pair // groups, pair % groups
+        for h in range(g * heads, (g + 1) * heads):
+            for a in range(0, s, _ROWS):
+                rows = min(_ROWS, s - a)
+                width = a + rows if causal else t
+                gemm_at(gemm, NO, T, rows, width, d, scale, _at(q, a, i, h), q[4], _at(k, 0, i, g), k[4], zero,
+                        scores.ctypes.data, t)  # fmt: skip
+                for r in range(rows):
+                    seen = a + r + 1 if causal else t
+                    row, rest = scores[r, :seen], scores[r, seen:width]
+                    top = largest(row)
+                    total = zero
+                    for j in range(row.size):
+                        row[j] = exp(row[j] - top)
+                        total += row[j]
+                    for j in range(rest.size):
+                        rest[j] = zero
+                    lse[i, h, a + r] = top + np.log(total)
+                    if keep.size:
+                        mask = keep[i, h, a + r]
+                        for j in range(row.size):
+                            row[j] *= mask[j]
+                    sums[r] = one / total
+                gemm_at(gemm, NO, NO, rows, d, width, one, scores.ctypes.data, t, _at(v, 0, i, g), v[4], zero,
+                        _at(out, a, i, h), out[4])  # fmt: skip
+                for r in range(rows):
+                    x, factor = o[a + r, i, h], sums[r]
+                    for j in range(x.size):
+                        x[j] *= factor
+
+
+@jit
+def _attention_backward(
+    do: Floats, o: Floats, lse: Floats, p: Floats, ds: Floats, keep: Floats, places: Any, scale: Any, causal: bool,
+    gemm: int, groups: int, first: int, last: int,
+) -> None:  # fmt: skip
+    real = o.dtype.type
+    zero, one = real(0), real(1)
+    s, n, d, t = o.shape[0], o.shape[2], o.shape[3], p.shape[1]
+    q, k, v, dout, dq, dk, dv = places[0], places[1], places[2], places[3], places[4], places[5], places[6]
+    heads, scores, dscores = n // groups, p.ctypes.data, ds.ctypes.data
+    for pair in range(first, last):
+        i, g = pair // groups, pair % groups
+        keys, values, dkeys, dvalues = _at(k, 0, i, g), _at(v, 0, i, g), _at(dk, 0, i, g), _at(dv, 0, i, g)
+        for h in range(g * heads, (g + 1) * heads):
+            for a in range(0, s, _ROWS):
+                rows = min(_ROWS, s - a)
+                width = a + rows if causal else t
+                queries, given = _at(q, a, i, h), _at(dout, a, i, h)
+                gemm_at(gemm, NO, T, rows, width, d, scale, queries, q[4], keys, k[4], zero, scores, t)
+                gemm_at(gemm, NO, T, rows, width, d, one, given, dout[4], values, v[4], zero, dscores, t)
+                for r in range(rows):
+                    seen = a + r + 1 if causal else t
+                    row, drow, top = p[r, :width], ds[r, :width], lse[i, h, a + r]
+                    x, y = do[a + r, i, h], o[a + r, i, h]
+                    mean = zero
+                    for j in range(d):
+                        mean += x[j] * y[j]
+                    if keep.size:
+                        mask = keep[i, h, a + r]
+                        for j in range(seen):
+                            weight = exp(row[j] - top)
+                            drow[j] = scale * weight * (drow[j] * mask[j] - mean)
+                            row[j] = weight * mask[j]
+                    else:
+                        for j in range(seen):
+                            weight = exp(row[j] - top)
+                            drow[j] = scale * weight * (drow[j] - mean)
+                            row[j] = weight
+                    for j in range(seen, width):
+                        row[j], drow[j] = zero, zero
+                gemm_at(gemm, T, NO, width, d, rows, one, scores, t, given, dout[4], one, dvalues, dv[4])
+                gemm_at(gemm, T, NO, width, d, rows, one, dscores, t, queries, q[4], one, dkeys, dk[4])
+                gemm_at(gemm, NO, NO, rows, d, width, one, dscores, t, keys, k[4], zero, _at(dq, a, i, h), dq[4])
+
+
+@jit
+def _merge(x: Floats, y: Floats, w1: Floats, w2: Floats, o: Floats) -> None:
+    for r in range(x.shape[0]):
+        first, second, out, p, q = x[r], y[r], o[r], w1[r], w2[r]
+        for i in range(out.size):
+            out[i] = first[i] * p + second[i] * q

@@ -1,0 +1,81 @@
+"""Cross-entropy and the gradient of an embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import reference
+from .jit import exp, jit
+from .threads import share
+
+Floats = NDArray[np.floating]
+Integers = NDArray[np.int64]
+
+
+def _columns(ids: NDArray[np.integer], first: int) -> Integers:
+    """ids - first, flat."""
+    return np.ascontiguousarray(ids, np.int64).reshape(-1) - first
+
+
+def cross_entropy_parts(logits: Floats, targets: NDArray[np.integer], first: int, top: Floats) -> tuple[Floats, Floats]:
+    """See ``reference.cross_entropy_parts``."""
+    total, chosen = np.empty((2, *targets.shape), logits.dtype)
+    x, column, m = reference.rows(np.ascontiguousarray(logits)), _columns(targets, first), _column(top, logits)
+    t, c = total.reshape(-1), chosen.reshape(-1)
+    share(len(x), x.size, lambda a, b: _cross_entropy_parts(x[a:b], column[a:b], m[a:b], t[a:b], c[a:b]))
+    return total, chosen
+
+
+def cross_entropy_backward(
+    scale: Floats, logits: Floats, targets: NDArray[np.integer], first: int, lse: Floats
+) -> Floats:
+    """See ``reference.cross_entropy_backward``."""
+    dx = np.empty(logits.shape, logits.dtype)
+    x, column, out = reference.rows(np.ascontiguousarray(logits)), _columns(targets, first), reference.rows(dx)
+    s, m = _column(scale, logits), _column(lse, logits)
+    share(len(x), x.size, lambda a, b: _cross_entropy_backward(x[a:b], column[a:b], s[a:b], m[a:b], out[a:b]))
+    return dx
+
+
+def _column(x: Floats, like: Floats) -> Floats:
+    return np.ascontiguousarray(x, like.dtype).reshape(-1)
+
+
+def embedding_backward_weight(grad: Floats, ids: NDArray[np.integer], first: int, dy: Floats) -> None:
+    """See ``reference.embedding_backward_weight``; a row's tokens are added in their order."""
+    if not grad.flags.c_contiguous:
+        reference.embedding_backward_weight(grad, ids, first, dy)
+        return
+    _embedding_backward_weight(grad, _columns(ids, first), reference.rows(np.ascontiguousarray(dy, grad.dtype)))
+
+
+@jit
+def _cross_entropy_parts(x: Floats, column: Integers, top: Floats, total: Floats, chosen: Floats) -> None:
+    zero = x.dtype.type(0)
+    for r in range(x.shape[0]):
+        row, m = x[r], top[r]
+        s = zero
+        for i in range(row.size):
+            s += exp(row[i] - m)
+        total[r] = s
+        chosen[r] = row[column[r]] - m if 0 <= column[r] < row.size else zero
+
+
+@jit
+def _cross_entropy_backward(x: Floats, column: Integers, scale: Floats, lse: Floats, dx: Floats) -> None:
+    for r in range(x.shape[0]):
+        row, out, m, factor = x[r], dx[r], lse[r], scale[r]
+        for i in range(row.size):
+            out[i] = factor * exp(row[i] - m)
+        if 0 <= column[r] < row.size:
+            out[column[r]] -= factor
+
+
+@jit
+def _embedding_backward_weight(grad: Floats, row: Integers, dy: Floats) -> None:
+    for t in range(row.size):
+        if 0 <= row[t] < grad.shape[0]:
+            target, source = grad[row[t]], dy[t]
+            for i in range(target.size):
+                target[i] += source[i]

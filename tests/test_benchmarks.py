@@ -1,0 +1,117 @@
+"""The benchmarks import and parse; the peer has hpcmp's mathematics; figures are what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import breakdown, common, overhead, report, step
+from benchmarks.peers import hpcmp_step
+
+XS = common.SIZES["XS"]
+
+
+def test_parsers(capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (step.main, overhead.main):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
+        assert "--torch PYTHON" in " ".join(capsys.readouterr().out.split())
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    calls = []
+    timers = breakdown.Timers()
+    steps = hpcmp_step.Steps(XS, "serial", None)
+    kernels = breakdown.kernels.of(np.empty(0, np.float32))
+    with pytest.MonkeyPatch.context() as patch, breakdown.timing(steps.engine, timers, []):
+        timed = kernels.matmul
+        patch.setattr(kernels, "matmul", lambda x, w: calls.append(2 * x.size * w.shape[1]) or timed(x, w))
+        steps(0)
+    weights = 12 * XS.layers * XS.hidden**2 + XS.vocabulary * XS.hidden
+    attention = 6.0 * XS.tokens * XS.layers * XS.sequence * XS.hidden
+    assert XS.flops == 6.0 * XS.tokens * weights + attention
+    blocks = 2 * XS.tokens * 12 * XS.layers * XS.hidden**2  # the forward; the head's backward is one more
+    assert sum(calls) == blocks + 2 * XS.tokens * XS.vocabulary * XS.hidden
+    assert timers.calls["gemm"] == len(calls) + (5 * XS.layers + 1) * 2  # dX and dW of each weight
+
+
+def test_a_timer_counts_its_own_time_alone() -> None:
+    timers = breakdown.Timers()
+    inner = timers.wrap("inner", lambda: sum(range(200_000)))
+    outer = timers.wrap("outer", lambda: [inner(), inner()])
+    outer()
+    assert timers.calls == {"inner": 2, "outer": 1}
+    assert timers.seconds["outer"] < timers.seconds["inner"]
+
+
+def test_a_job_takes_turns_and_says_why_it_fails(tmp_path: Path) -> None:
+    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, float, 7, {})"
+    job = common.Job("toy", [[sys.executable, "-c", serving]], 1, {"PYTHONPATH": str(common.ROOT)})
+    assert job.turn(2, warm=1)["losses"] == [0.0, 1.0, 2.0]
+    turn = job.turn(1)
+    assert turn["losses"] == [3.0, 4.0] and 0 <= turn["seconds"] < 1
+    most, base = job.ask("memory")[0]
+    assert most > 1e6 and base == 7
+    job.stop()
+    with pytest.raises(SystemExit, match="toy: it did not start\nalas"):
+        common.Job("toy", [[sys.executable, "-c", "raise SystemExit('alas')"]], 1, {})
+
+
+def test_losses_that_differ_are_refused() -> None:
+    assert step.check_losses({"hpcmp": [2.0, 1.0], "peer": [2.0, 1.000001]}) == pytest.approx(1e-6)
+    for wrong in (1.0001, float("nan")):
+        with pytest.raises(SystemExit, match="do not compute the same"):
+            step.check_losses({"hpcmp": [2.0, 1.0], "peer": [2.0, wrong]})
+
+
+@pytest.mark.timeout(120)
+def test_hpcmp_alone(tmp_path: Path) -> None:
+    step.main(["--size", "XS", "--variants", "", "--rounds", "2", "--steps", "1", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["programs"]["hpcmp"]["ratio"]["median"] == 1
+    parts = result["breakdown"]
+    assert sum(parts[kind] for kind in breakdown.ROWS) == pytest.approx(parts["step"])
+    assert min(parts[kind] for kind in breakdown.ROWS) >= 0 and parts["communication"] == 0
+    assert path.with_suffix(".txt").read_text() == report.text(result)
+    assert "XS serial, 1" in report.table([result])
+
+
+def test_peer_has_the_same_loss_and_weights() -> None:
+    pytest.importorskip("torch")
+    from benchmarks.peers import torch_step
+
+    steps = hpcmp_step.Steps(XS, "serial", None)
+    weights = {p.name: p.data.copy() for p in steps.engine.buckets.parameters}
+    peer = torch_step.stepper(XS, "serial", weights, False, 1)
+    mine, theirs = [[run(i) for i in range(3)] for run in (steps, peer)]
+    np.testing.assert_allclose(mine, theirs, rtol=step.TOLERANCE)
+
+
+def test_a_rank_of_the_peer_has_its_share_of_every_weight() -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks.peers import torch_step
+
+    steps = hpcmp_step.Steps(XS, "serial", None)
+    weights = {p.name: p.data.copy() for p in steps.engine.buckets.parameters}
+    whole = torch_step.GPT(XS)
+    torch_step.load(whole, weights)
+    shares = [torch_step.GPT(XS, parts=2) for _ in range(2)]
+    for rank, share in enumerate(shares):
+        torch_step.load(share, weights, rank)
+    q, k, v = whole.blocks["1"].qkv.weight.chunk(3)
+    parts = [share.blocks["1"].qkv.weight.chunk(3) for share in shares]
+    for i, all_rows in enumerate((q, k, v)):
+        assert torch.equal(torch.cat([p[i] for p in parts]), all_rows)
+    assert torch.equal(torch.cat([s.blocks["0"].down.weight for s in shares], 1), whole.blocks["0"].down.weight)
+    assert torch.equal(torch.cat([s.table.weight for s in shares]), whole.table.weight)
+
+
+def test_an_interpreter_without_torch_is_refused() -> None:
+    for python in ("/bin/false", "/no/such/python"):
+        with pytest.raises(SystemExit, match=f"--torch {python}: "):
+            step.find_torch(python)
