@@ -29,8 +29,14 @@ Op = Literal["sum", "max"]
 DRIVERS: list[Callable[[], None]] = []
 
 
+#: Of communications that were given up while they ran (an exception between start and wait): MPI reads and writes their
+#: buffers when the other ranks come to it, so that no other array may ever get that memory.
+_ABANDONED: list[tuple[Any, ...]] = []
+
+
 class Pending:
-    """The result of a communication that may still be running. It keeps alive every buffer that is in use."""
+    """The result of a communication that may still be running. It keeps alive every buffer that is in use, also of a
+    communication that nobody waits for any more."""
 
     def __init__(self, result: Array, requests: Any = (), finish: Callable[[Array], Array] | None = None, *keep: Any):
         self.result, self.requests, self.finish, self.keep = result, list(requests), finish, keep
@@ -53,6 +59,10 @@ class Pending:
         """Whether it is there; gives the library a chance to make progress."""
         self.requests = [request for request in self.requests if not request.Test()]
         return not self.requests
+
+    def __del__(self) -> None:
+        if self.requests:
+            _ABANDONED.append((self.requests, self.result, self.keep))
 
 
 def _give_way(tries: int) -> None:

@@ -235,6 +235,19 @@ def test_a_pending_keeps_its_buffers_alive(comm: MpiCommunicator) -> None:
     del trash
 
 
+def test_an_abandoned_communication_writes_into_no_other_array(world: Intracomm, comm: MpiCommunicator) -> None:
+    """As an exception leaves one on a rank that is ahead of the others."""
+    pending = [comm.all_reduce(np.ones(100)) for _ in range(4)] if comm.rank == 0 else []
+    pending.clear()
+    others = [np.full(100, 7.0) for _ in range(16)]  # they take the memory of anything that was freed
+    world.Barrier()
+    if comm.rank > 0:
+        pending = [comm.all_reduce(np.ones(100)) for _ in range(4)]
+    for each in [*pending, comm.all_reduce(np.ones(1))]:
+        each.wait()
+    assert (np.array(others) == 7).all()
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_shard_of_the_wrong_length_is_refused(comm: MpiCommunicator, n: int) -> None:
     with pytest.raises(ValueError, match=rf"all_gather: this rank's shard has {n} rows, not 2"):
