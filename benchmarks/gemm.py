@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcmp.kernels import blas, cblas
+from hpcmp.kernels import blas, cblas, threads
 
 Product = Callable[[Any, Any, Any, Any], None]  # of x, w, dy and dw
 
@@ -38,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args(argv)
+    threads.use(args.threads)
     names = [name for name in cblas.LIBRARIES if load(name)]
     contenders = [*names, "np.matmul"]
     print(f"\n{args.threads} thread(s), {args.tokens} tokens, {args.rounds} rounds\n")
     print(f"| d | product | {' | '.join(contenders)} |\n|---|---|{'---|' * len(contenders)}")
     for d in args.hidden:
         for product in PRODUCTS:
-            found = rates(product, contenders, d, args.tokens, args.threads, args.rounds)
+            found = rates(product, contenders, d, args.tokens, args.rounds)
             print(f"| {d} | {product} | {' | '.join(f'{found[name]:.0f}' for name in contenders)} |", flush=True)
 
 
@@ -64,18 +65,17 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-def rates(product: str, contenders: list[str], d: int, tokens: int, threads: int, rounds: int) -> dict[str, float]:
+def rates(product: str, contenders: list[str], d: int, tokens: int, rounds: int) -> dict[str, float]:
     """{contender: GFLOP/s} of one product of all of a block's weights."""
     rng = np.random.default_rng(0)
     sets = []
     for shape in [(d, d)] * 4 + [(d, 4 * d), (4 * d, d)]:
         x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((tokens, shape[0]), shape, (tokens, shape[1])))
         sets.append((x, w, dy, np.zeros(shape, np.float32)))
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads.count() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for name in contenders * (rounds + 1):
         blas.select("numpy" if name == "np.matmul" else name)
-        blas.set_threads(threads)
         run = PRODUCTS[product][name == "np.matmul"]
         start = clock()
         for arrays in sets:

@@ -221,7 +221,7 @@ def core_check(ranks: list[Facts]) -> Check:
         shares.setdefault(rank.host, []).append(rank.share)
     warning = next(filter(None, (detect.oversubscription(len(there), there) for there in shares.values())), "")
     mine = ranks[0].share
-    value = f"BLAS threads of a rank: {mine.threads}, cores that it may use: {len(mine.cores)}"
+    value = f"threads of a rank: {mine.threads}, cores that it may use: {len(mine.cores)}"
     return Check("cores", "warn" if warning else "ok", value, warning)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..process import cores as cores
-from ..process import loaded
+from ..process import loaded, threads
 
 
 @dataclass(frozen=True)
@@ -204,28 +204,15 @@ def cuda_aware(mpi: Any, override: str = "auto") -> bool:
 
 @dataclass(frozen=True)
 class Share:
-    """The cores that a process may use, and the threads that its BLAS starts on them."""
+    """The cores that a process may use, and the threads that its kernels and matrix products have."""
 
     cores: frozenset[int]
     threads: int
 
 
 def share() -> Share:
-    """This process's share: its affinity mask, and the threads by its BLAS or by the environment."""
-    mine = cores()
-    return Share(mine, _threads(len(mine)))
-
-
-def _threads(cores: int) -> int:
-    openblas = _loaded(r"lib(scipy_)?openblas.*\.so[.\d]*")
-    for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
-        if function := _function(openblas, f"{prefix}openblas_get_num_threads{suffix}"):
-            return int(function())
-    if mkl := _function(_loaded(r"libmkl_rt\.so[.\d]*"), "MKL_Get_Max_Threads"):
-        return int(mkl())
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-    asked = (_number(os.environ.get(name, "").split(",")[0]) for name in names)  # OMP_NUM_THREADS may be a list
-    return next((number for number in asked if number), cores)
+    """This process's share."""
+    return Share(cores(), threads())
 
 
 def oversubscription(local_size: int, shares: Sequence[Share] | None = None) -> str | None:
@@ -241,8 +228,8 @@ def oversubscription(local_size: int, shares: Sequence[Share] | None = None) -> 
         cores = len(mine.cores) * (local_size if own else 1)
     else:
         cores = len(frozenset().union(*(s.cores for s in shares)))
-    threads = sum(s.threads for s in shares)
-    if threads <= cores:
+    wanted = sum(s.threads for s in shares)
+    if wanted <= cores:
         return None
     advice = f"start at most {cores} ranks" if local_size > cores else f"set OMP_NUM_THREADS={cores // local_size}"
-    return f"{threads} threads of {local_size} ranks share {cores} cores: {advice}"
+    return f"{wanted} threads of {local_size} ranks share {cores} cores: {advice}"

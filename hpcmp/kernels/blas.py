@@ -4,6 +4,9 @@ NumPy's ``matmul`` cannot add to its output, and calls the BLAS that NumPy was b
 CBLAS (``cblas``): the one that ``select`` chooses, else the variable HPCMP_BLAS, else "auto": MKL if it is there and
 the processor is Intel's (for others it has slow code: docs/blas.md), else NumPy's OpenBLAS, else BLIS or the system's
 CBLAS, else NumPy alone. It is found and loaded at the first product.
+
+A large product is cut into blocks of its output, which the threads of ``threads`` make, each in a call of its own; the
+library has one thread in each call, also where others call it.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import process
+from .. import partition
 from ..errors import InputError
+from . import threads
 from .cblas import AS_IT_IS, LIBRARIES, ROW_MAJOR, TRANSPOSED, Library, find, is_intel
 
 Matrix = NDArray[Any]
@@ -26,13 +31,15 @@ Matrix = NDArray[Any]
 NAMES = ("auto", *LIBRARIES, "numpy")
 
 _LARGEST = 2**31 - 1  # what every CBLAS can count to
+_SMALL = 1 << 14  # numbers of an output that np.matmul makes sooner, its temporary included: a call here takes 8 us
+_WORTH = 1 << 23  # multiplications a thread should have: a tenth of a millisecond's
 _choice = "auto"
 
 
 def select(name: str) -> None:
     """Make products by the library ``name`` from now on. Raises InputError where it is not installed."""
     global _choice
-    _load(name)
+    _set_threads(_load(name))
     _choice = name
 
 
@@ -57,22 +64,14 @@ def _load(name: str) -> Library | None:
             raise InputError(
                 f"{said}: there is no such library here" + ('; pip install "hpcmp[mkl]"' if asked == "mkl" else "")
             )
-    _set_threads(library, process.threads(f"{library.name if library else 'openblas'}_num_threads".upper()))
+    _set_threads(library)
     return library
 
 
-def set_threads(n: int) -> None:
-    """Compute products with ``n`` threads from now on, here and in ``np.matmul``.
-
-    Until then it is as many as the library's own variable (MKL_NUM_THREADS, ...), OMP_NUM_THREADS, or the cores that
-    this process is bound to say.
-    """
-    _set_threads(current(), n)
-
-
-def _set_threads(library: Library | None, n: int) -> None:
+def _set_threads(library: Library | None) -> None:
+    """One thread in a call; without a library, ``np.matmul`` has them all."""
     for each in filter(None, {library, find("openblas")}):
-        each.set_threads(n)
+        each.set_threads(1 if library else threads.count())
 
 
 def address(dtype: Any) -> int | None:
@@ -93,7 +92,8 @@ def gemm(a: Matrix, b: Matrix, out: Matrix | None = None, *, accumulate: bool = 
     if accumulate and out is None:
         raise TypeError("gemm: accumulate needs out, to add to")
     library = current()
-    if library is not None and (accumulate or not library.is_numpys):  # np.matmul calls the same with less ado
+    small = a.ndim == b.ndim == 2 and a.shape[0] * b.shape[1] <= _SMALL
+    if library is not None and not small and (accumulate or not library.is_numpys or threads.count() > 1):
         if out is None and a.ndim == b.ndim == 2 and a.dtype == b.dtype and a.dtype in library.gemm:
             out = np.empty((a.shape[0], b.shape[1]), a.dtype)
         if out is not None and _call(library, a, b, out, float(accumulate)):
@@ -118,8 +118,25 @@ def _call(library: Library, a: Matrix, b: Matrix, out: Matrix, beta: float) -> b
     if z[0] == TRANSPOSED:  # CBLAS transposes a and b alone: (a b)^T = b^T a^T
         return _call(library, b.T, a.T, out.T, beta)
     at = [matrix.__array_interface__["data"][0] for matrix in (a, b, out)]
-    function(ROW_MAJOR, x[0], y[0], m, n, k, 1.0, at[0], x[1], at[1], y[1], beta, at[2], z[1])
+    calls = [
+        partial(
+            function, ROW_MAJOR, x[0], y[0], rows.stop - rows.start, columns.stop - columns.start, k,
+            1.0, at[0] + rows.start * a.strides[0], x[1], at[1] + columns.start * b.strides[1], y[1],
+            beta, at[2] + rows.start * out.strides[0] + columns.start * out.strides[1], z[1],
+        )
+        for rows, columns in _blocks(m, n, min(threads.count(), 1 + m * n * k // _WORTH))
+    ]  # fmt: skip
+    threads.together(calls)
     return True
+
+
+@functools.cache
+def _blocks(m: int, n: int, count: int) -> list[tuple[slice, slice]]:
+    """An m x n matrix in at most ``count`` blocks, one a thread, as square as can be: a thread reads its rows of a and
+    its columns of b."""
+    down = min((d for d in range(1, count + 1) if count % d == 0), key=lambda d: m / d + n * d / count)
+    rows, columns = partition.split(m, min(m, down)), partition.split(n, min(n, count // down))
+    return [(r, c) for r in rows for c in columns]
 
 
 def _leading(x: Matrix) -> tuple[int, int] | None:

@@ -28,6 +28,7 @@ from ..optim.rate import warmup_cosine
 from ..parallel.buckets import Buckets
 from ..parallel.pipeline import Microbatch, Pipeline
 from ..parallel.schedules import Schedule
+from ..process import keep_memory
 from ..recompute import recompute
 from .config import Config, Layout
 from .measure import measure, measured_stages
@@ -70,6 +71,7 @@ class Engine:
         self.xp = module_for(train.device)
         blas.select(train.blas)
         kernels.use(train.kernels)
+        keep_memory()
         self.cursor = Cursor(train.seed)
         self.parallel = ModelParallel(
             mesh["tp"],

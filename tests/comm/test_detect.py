@@ -266,35 +266,6 @@ def test_one_rank_alone_judges_by_its_own_cores(monkeypatch):
     assert oversubscription(1) is not None
 
 
-@pytest.mark.parametrize(
-    ("variables", "threads"),
-    [
-        ({}, 4),
-        ({"OMP_NUM_THREADS": "3"}, 3),
-        ({"OMP_NUM_THREADS": "3,2"}, 3),
-        ({"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "2"}, 2),
-        ({"OMP_NUM_THREADS": "many"}, 4),
-    ],
-)
-def test_threads_by_the_environment(monkeypatch, variables, threads):
-    monkeypatch.setattr(detect, "_loaded", lambda name: None)
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert detect._threads(4) == threads
-
-
-def test_the_blas_is_asked_for_its_threads():
-    script = "import numpy; from hpcmp.comm.detect import share; print(share().threads)"
-    cores = len(os.sched_getaffinity(0))
-    for threads in sorted({1, cores}):
-        environment = os.environ | {name: str(threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
-        argv = [sys.executable, "-c", script]
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=True)
-        assert done.stdout == f"{threads}\n"
-
-
 def test_detection_imports_neither_mpi_nor_numpy():
     script = "import sys, hpcmp.comm.detect; print(sorted({'mpi4py', 'numpy', 'cupy', 'h5py'} & set(sys.modules)))"
     argv = [sys.executable, "-c", script]

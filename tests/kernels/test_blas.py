@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,19 +17,23 @@ from hypothesis import strategies as st
 from hpcmp import kernels
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import InputError
-from hpcmp.kernels import blas, cblas
+from hpcmp.kernels import blas, cblas, threads
 from hpcmp.process import cores, loaded
 from hpcmp.process import threads as asked
 from hpcmp.training.config import Config, Model, Train
 from hpcmp.training.engine import Engine
 
+SMALL = blas._SMALL
 HERE = [name for name in cblas.LIBRARIES if cblas.find(name)]
 RNG = np.random.default_rng
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    yield
+    """Small products too are the library's, unless a test has it otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blas, "_SMALL", -1)
+        yield
     blas._load.cache_clear()
     blas.select("auto")
 
@@ -153,6 +158,18 @@ def test_the_library_is_called_where_it_can_be(monkeypatch: pytest.MonkeyPatch) 
     assert whole.sum() == 2 * 6 * 20
 
 
+def test_small_products_are_numpys(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call through ctypes costs more than they do."""
+    monkeypatch.setattr(blas, "_SMALL", SMALL)
+    monkeypatch.setattr(blas, "_call", None)
+    out = np.ones((3, 5))
+    assert blas.gemm(np.ones((3, 4)), np.ones((4, 5)), out, accumulate=True) is out
+    assert (out == 5).all()
+    if library != "numpy":
+        with pytest.raises(TypeError):
+            blas.gemm(np.ones((300, 4)), np.ones((4, 500)), np.ones((300, 500)), accumulate=True)
+
+
 def test_the_gradient_is_added_where_it_lies(library: str) -> None:
     bucket = np.ones(4 + 15 + 2, np.float32)
     x, dy = RNG(0).normal(size=(4, 2, 3)).astype("f4"), RNG(1).normal(size=(4, 2, 5)).astype("f4")
@@ -179,44 +196,64 @@ def at(x: Any, offset: int) -> Any:
     return room[start : start + x.size].reshape(x.shape)
 
 
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three, however small the product."""
+    monkeypatch.setattr(blas, "_WORTH", 1)
+    monkeypatch.setattr(threads, "count", lambda: 3)
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_threads(library: str) -> None:
-    a = RNG(0).normal(size=(300, 300))
-    for n in (1, 2, 1):
-        blas.set_threads(n)
-        one, again = blas.gemm(a, a), blas.gemm(a, a)
-        np.testing.assert_array_equal(one, again)
-        np.testing.assert_allclose(one, np.matmul(a, a), rtol=1e-11, atol=1e-12)
+    """Blocks of any strided matrices, and of fewer rows and columns than there are threads."""
+    for (m, k, n), way in itertools.product([(37, 20, 41), (64, 5, 2), (1, 9, 50), (2, 3, 2), (1, 1, 1)], LAYOUTS):
+        rng = RNG(m)
+        x, y, out = (LAYOUTS[way](rng.normal(size=s)) for s in ((m, k), (k, n), (m, n)))
+        expected = out + x @ y
+        assert blas.gemm(x, y, out, accumulate=True) is out
+        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(blas.gemm(x, y), x @ y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 16])
+@pytest.mark.parametrize("shape", [(2048, 256), (256, 2048), (1, 9), (3, 3), (17, 1)])
+def test_blocks_cover_the_output_once(shape: tuple[int, int], count: int) -> None:
+    covered = np.zeros(shape, int)
+    blocks = blas._blocks(*shape, count)
+    assert 1 <= len(blocks) <= count
+    for rows, columns in blocks:
+        assert covered[rows, columns].size
+        covered[rows, columns] += 1
+    assert (covered == 1).all()
 
 
 THREADS = """
-import ctypes, sys
-from hpcmp.kernels import blas, cblas
+import sys
+from hpcmp.kernels import blas, cblas, threads
 blas.select(sys.argv[1])
-if sys.argv[1] == "mkl":
-    print(blas.current()._dll.MKL_Get_Max_Threads())
-print(cblas.find("openblas")._function("openblas_get_num_threads")())
+numpys = cblas.find("openblas")._function("openblas_get_num_threads")()
+print(threads.count(), blas.current()._dll.MKL_Get_Max_Threads() if sys.argv[1] == "mkl" else numpys, numpys)
 """
 
 
 @pytest.mark.skipif("openblas" not in HERE, reason="no OpenBLAS here")
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", [*HERE, "numpy"])
 def test_threads_are_those_of_the_environment(name: str) -> None:
+    """A library has one in each call; np.matmul, where it makes all products, has as many as there are."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
-    for more, n in (({}, len(cores())), ({"OMP_NUM_THREADS": "2,1"}, 2), ({f"{name.upper()}_NUM_THREADS": "1"}, 1)):
+    for more, n in (({}, len(cores())), ({"OMP_NUM_THREADS": "2,1"}, 2), ({"OMP_NUM_THREADS": "1"}, 1)):
         argv = [sys.executable, "-c", THREADS, name]
         done = subprocess.run(argv, env=environment | more, capture_output=True, text=True, timeout=60, check=True)
-        assert set(done.stdout.split()) == {str(n)}
+        each = n if name == "numpy" else 1
+        assert done.stdout.split() == [str(n), str(each), str(each)]
 
 
 def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    assert asked("MKL_NUM_THREADS") == len(cores())
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert asked() == len(cores())
     for value, n in (("3", 3), ("3,2", 3), ("many", len(cores())), ("0", len(cores())), ("", len(cores()))):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert asked() == n
-    monkeypatch.setenv("MKL_NUM_THREADS", "7")
-    assert asked("MKL_NUM_THREADS") == 7
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

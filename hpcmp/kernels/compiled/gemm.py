@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ... import process
-from .. import blas
 from ..cblas import AS_IT_IS, ROW_MAJOR, TRANSPOSED
-from . import threads
 
 NO, T = AS_IT_IS, TRANSPOSED
-
-
-@contextlib.contextmanager
-def single() -> Iterator[None]:
-    """Within, a matrix product has one thread: the threads are the kernel's own."""
-    library = blas.current()
-    if threads.count() == 1 or library is None:
-        yield
-        return
-    blas.set_threads(1)
-    try:
-        yield
-    finally:
-        blas.set_threads(process.threads(f"{library.name}_num_threads".upper()))
 
 
 @intrinsic

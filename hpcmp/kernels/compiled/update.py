@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import update as specification
+from ..threads import share
 from .jit import jit
-from .threads import share
 
 Floats = NDArray[np.floating]
 
