@@ -25,7 +25,7 @@ STEPS = 5
 KINDS = {
     "gemm": ("matmul", "add_outer", "linear"),
     "attention": ("attention",),
-    "loss": ("cross_entropy", "row_max", "head"),
+    "loss": ("cross_entropy", "head"),
     "optimizer": ("adamw", "square_sum", "sgd", "nesterov"),
 }
 ROWS = ("gemm", "attention", "element-wise", "loss", "optimizer", "communication", "rest")

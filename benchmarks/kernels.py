@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hpcmp import kernels
+from hpcmp.random import DropoutMask
 
 RNG = np.random.default_rng(0)
 ADAM: dict[str, Any] = {"step": 3, "betas": (0.9, 0.95), "epsilon": 1e-8, "grad_scale": 0.5}
@@ -35,7 +36,8 @@ def element_wise() -> dict[str, tuple[list[Any], dict[str, Any], int]]:
     x, dy, w, b = real(256, 8, 512), real(256, 8, 512), real(512), real(512)
     _, mean, rstd = kernels.REFERENCE.layer_norm(x, w, b, 1e-5)
     up, dup, pair, half = real(256, 8, 2048), real(256, 8, 2048), real(256, 8, 2, 1024), real(256, 8, 1024)
-    q, angle, keep = real(256, 8, 8, 64), real(256, 1, 1, 32), RNG.random(x.shape) < 0.9
+    q, angle = real(256, 8, 8, 64), real(256, 1, 1, 32)
+    mask = DropoutMask(0.1, (1, 2), np.arange(256)[:, None], np.arange(8), (slice(0, 512),))
     logits, table = real(256, 8192), real(8192, 512)
     targets, ids = RNG.integers(0, 8192, 256), RNG.integers(0, 8192, (256, 8))
     top = logits.max(-1)
@@ -52,11 +54,11 @@ def element_wise() -> dict[str, tuple[list[Any], dict[str, Any], int]]:
         "gelu_backward": ([dup, up], {}, 3 * h),
         "swiglu": ([pair], {}, 3 * p),
         "swiglu_backward": ([half, pair], {}, 5 * p),
-        "dropout": ([x, keep, 0.1], {}, 2 * n + keep.nbytes),
+        "dropout": ([x, mask], {}, 2 * n),
         "rope": ([q, angle, angle], {}, 2 * q.nbytes),
-        "row_max": ([logits], {}, logits.nbytes),
-        "cross_entropy_parts": ([logits, targets, 0, top], {}, logits.nbytes),
-        "cross_entropy_backward": ([top, logits, targets, 0, top + 2], {}, 2 * logits.nbytes),
+        "cross_entropy_parts": ([logits, targets, 0], {}, logits.nbytes),
+        "cross_entropy_backward": ([top, logits.copy(), targets, 0, top + 2], {}, 2 * logits.nbytes),
+        "add_rows": ([real(2048), up], {}, h),
         "embedding": ([table, ids, 0], {}, 2 * n),
         "embedding_backward_weight": ([table, ids, 0, x], {}, 3 * n),
         "adamw": ([data, grad, m, v], ADAM | LARGE, 7 * size),
@@ -66,15 +68,16 @@ def element_wise() -> dict[str, tuple[list[Any], dict[str, Any], int]]:
     }
 
 
-def attention(s: int, b: int, n: int, d: int = 64) -> dict[str, tuple[list[Any], dict[str, Any], int]]:
-    """Causal attention, forward and backward, keys and values in one array; in place of bytes its operations."""
+def attention(s: int, b: int, n: int, rate: float, d: int = 64) -> dict[str, tuple[list[Any], dict[str, Any], int]]:
+    """Causal attention, forward and backward, perhaps with dropout; in place of bytes its operations."""
     q, do, kv = real(s, b, n, d), real(s, b, n, d), real(s, b, n, 2, d)
-    k, v = kv[..., 0, :], kv[..., 1, :]
-    o, lse = kernels.REFERENCE.attention(q, k, v, d**-0.5)
+    samples, heads = np.arange(b)[:, None, None], np.arange(n)[:, None]
+    mask = DropoutMask(rate, (1, 2), np.arange(s), samples, (slice(0, s),), heads) if rate else None
+    o, lse = kernels.REFERENCE.attention(q, kv, d**-0.5, mask)
     product = b * n * s * (s + 1) * d
     return {
-        "attention": ([q, k, v, d**-0.5], {}, 2 * product),
-        "attention_backward": ([do, q, k, v, o, lse, d**-0.5], {}, 5 * product),
+        "attention": ([q, kv, d**-0.5, mask], {}, 2 * product),
+        "attention_backward": ([do, q, kv, o, lse, d**-0.5, mask], {}, 5 * product),
     }
 
 
@@ -115,8 +118,9 @@ def main() -> None:
     print("| kernel | NumPy, ms | compiled, ms | times as fast | GB/s (GFLOP/s) | of a copy's bandwidth |")
     print("|---|---|---|---|---|---|")
     cases = [(name, name, *case) for name, case in element_wise().items()]
-    for s, b, n in ((256, 8, 4), (512, 4, 8), (2048, 1, 8)):
-        cases += [(name, f"{name}, s={s}, b={b}, n={n}", *case) for name, case in attention(s, b, n).items()]
+    for s, b, n, rate in ((256, 8, 4, 0.0), (512, 4, 8, 0.0), (512, 4, 8, 0.1), (2048, 1, 8, 0.0)):
+        size = f"s={s}, b={b}, n={n}" + (", dropout" if rate else "")
+        cases += [(name, f"{name}, {size}", *case) for name, case in attention(s, b, n, rate).items()]
     for name, label, arguments, settings, work in cases:
         if not args.names or name in args.names:
             print(row(name, label, arguments, settings, work, args.calls), flush=True)

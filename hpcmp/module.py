@@ -5,7 +5,8 @@
 
 With y = f(x, w): dx = (df/dx)^T dy, and wgrad adds (df/dw)^T dy into ``Parameter.grad``. ``saved`` is whatever
 backward needs: what it holds *is* the layer's memory policy, and dropping it frees the memory. ``wgrad`` decides
-*when* weight gradients are computed (see ``wgrad.py``). A module never changes its input or ``dy`` in place.
+*when* weight gradients are computed (see ``wgrad.py``). A module never changes its input or ``dy`` in place, but for
+the loss (``layers/loss.py``), whose backward writes over the logits: what feeds it keeps none.
 
 Activations are sequence-first, (sequence, batch, hidden), so that a shard of the sequence is contiguous in memory.
 """

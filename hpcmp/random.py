@@ -12,16 +12,23 @@ Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: a
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from .arrays import Array
 
-_MULTIPLIER = 0xD2511F53, 0xCD9E8D57
+MULTIPLIER = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 14  # counter blocks worked on at once: small enough for the second-level cache
+_CHUNK = 1 << 14  # counters worked on at once: small enough for the second-level cache
+
+
+def _chunk(xp: ModuleType) -> int:
+    """How many counters to work on at once: on a GPU, whose memory is its cache, many."""
+    return _CHUNK if xp is np else _CHUNK << 8
 
 
 def key(seed: int, *names: object) -> tuple[int, int]:
@@ -31,16 +38,19 @@ def key(seed: int, *names: object) -> tuple[int, int]:
     return word & _LOW, word >> 32
 
 
+def round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
+    """The two key words of each of Philox's ten rounds."""
+    return [((key[0] + r * _WEYL[0]) & _LOW, (key[1] + r * _WEYL[1]) & _LOW) for r in range(10)]
+
+
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """Philox4x32-10: four words from four counter words and two key words; all hold 32-bit values in ``uint64``."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
     shift, low = np.uint64(32), np.uint64(_LOW)
-    m0, m1 = (np.uint64(m) for m in _MULTIPLIER)
-    for _ in range(10):
+    m0, m1 = (np.uint64(m) for m in MULTIPLIER)
+    for k0, k1 in round_keys(key):
         p0, p1 = c0 * m0, c2 * m1
         c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1, c2, c3
 
 
@@ -58,7 +68,7 @@ def bits(
     block = xp.arange(first, last, dtype=np.uint64)
     rows = [v.reshape(-1, 1) for v in (i, j, e)]
     out = xp.empty((rows[0].shape[0], width), np.uint32)
-    step = max(1, _CHUNK // max(1, last - first))
+    step = max(1, _chunk(xp) // max(1, last - first))
     for a in range(0, out.shape[0], step):
         ci, cj, ce = (v[a : a + step] for v in rows)
         n = ci.shape[0]
@@ -74,14 +84,20 @@ def normal(key: tuple[int, int], i: Array, j: Array, columns: slice, xp: ModuleT
 
     n_{2m} = r cos t,  n_{2m+1} = r sin t,  r = sqrt(-2 ln u_{2m}),  t = 2 pi u_{2m+1},  u = (word + 1/2) / 2^32
     """
-    wide = slice(columns.start - columns.start % 2, columns.stop + columns.stop % 2)
-    words = bits(key, i, j, wide, xp=xp)
-    out = xp.empty((*words.shape[:-1], words.shape[-1] // 2, 2))
-    uniform = (words.reshape(out.shape) + 0.5) * 2.0**-32
-    radius, angle = xp.sqrt(-2 * xp.log(uniform[..., 0])), 2 * np.pi * uniform[..., 1]
-    out[..., 0], out[..., 1] = radius * xp.cos(angle), radius * xp.sin(angle)
-    skip = columns.start - wide.start
-    return out.reshape(words.shape)[..., skip : skip + columns.stop - columns.start]
+    pairs = slice(columns.start - columns.start % 2, columns.stop + columns.stop % 2)
+    i, j = xp.broadcast_arrays(xp.asarray(i), xp.asarray(j))
+    shape, rows = i.shape, (i.reshape(-1), j.reshape(-1))
+    width = pairs.stop - pairs.start
+    out = xp.empty((rows[0].size, width // 2, 2))
+    step = max(1, _chunk(xp) // max(1, width))
+    for a in range(0, len(out), step):
+        part = out[a : a + step]
+        words = bits(key, rows[0][a : a + step], rows[1][a : a + step], pairs, xp=xp).reshape(part.shape)
+        uniform = (words + 0.5) * 2.0**-32
+        radius, angle = xp.sqrt(-2 * xp.log(uniform[..., 0])), 2 * np.pi * uniform[..., 1]
+        part[..., 0], part[..., 1] = radius * xp.cos(angle), radius * xp.sin(angle)
+    skip = columns.start - pairs.start
+    return out.reshape(*shape, width)[..., skip : skip + columns.stop - columns.start]
 
 
 def normal_slab(key: tuple[int, int], shape: tuple[int, ...], index: tuple[slice, ...], xp: ModuleType = np) -> Array:
@@ -92,8 +108,34 @@ def normal_slab(key: tuple[int, int], shape: tuple[int, ...], index: tuple[slice
     return normal(key, row & np.uint64(_LOW), row >> np.uint64(32), index[-1], xp)
 
 
-def keep_mask(
-    rate: float, key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np
-) -> Array:
-    """A dropout mask: true with probability ``1 - rate`` (to within 2^-32), by global index."""
-    return bits(key, i, j, columns, extra, xp) >= np.uint32(min(round(rate * 2**32), _LOW))
+@dataclass(frozen=True, eq=False)
+class DropoutMask:
+    """Which elements of an array dropout keeps, said by global index, and drawn where they are needed:
+
+        keep[..., c] = word(key, i[...], j[...], c, extra[...]) >= rate 2^32,
+
+    true with probability 1 - rate (to within 2^-32). ``i``, ``j`` and ``extra`` broadcast to the shape of the rows, as
+    for ``bits``; the columns are those of ``runs``, one run after the other. Kernels take it in place of an array: the
+    compiled ones draw a row while they work on it, so that no mask is ever in memory.
+    """
+
+    rate: float
+    key: tuple[int, int]
+    i: Array
+    j: Array
+    runs: tuple[slice, ...]
+    extra: Array | int = 0
+
+    @property
+    def threshold(self) -> np.uint32:
+        """The least word whose element is kept."""
+        return np.uint32(min(round(self.rate * 2**32), _LOW))
+
+    def keep(self, xp: ModuleType = np) -> Array:
+        """The mask as booleans: the rows' shape, and a last axis for the columns."""
+        parts = [bits(self.key, self.i, self.j, run, self.extra, xp) >= self.threshold for run in self.runs]
+        return parts[0] if len(parts) == 1 else xp.concatenate(parts, -1)
+
+    def scaled(self, dtype: Any, xp: ModuleType = np) -> Array:
+        """keep / (1 - rate), what dropout multiplies by."""
+        return self.keep(xp) * np.dtype(dtype).type(1 / (1 - self.rate))

@@ -29,7 +29,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     kernels = breakdown.kernels.of(np.empty(0, np.float32))
     with pytest.MonkeyPatch.context() as patch, breakdown.timing(steps.engine, timers, []):
         timed = kernels.matmul
-        patch.setattr(kernels, "matmul", lambda x, w: calls.append(2 * x.size * w.shape[1]) or timed(x, w))
+        patch.setattr(kernels, "matmul", lambda x, w, *b: calls.append(2 * x.size * w.shape[1]) or timed(x, w, *b))
         steps(0)
     weights = 12 * XS.layers * XS.hidden**2 + XS.vocabulary * XS.hidden
     attention = 6.0 * XS.tokens * XS.layers * XS.sequence * XS.hidden

@@ -40,13 +40,15 @@ def test_bits_puts_row_column_and_extra_into_the_counter() -> None:
 
 
 def test_bits_does_not_depend_on_how_it_is_cut_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw() -> Array:
-        return random.bits((1, 2), np.arange(23)[:, None], np.arange(3), slice(2, 31), np.arange(23)[:, None] % 5)
+    def draw() -> tuple[Array, Array]:
+        i, j = np.arange(23)[:, None], np.arange(3)
+        return random.bits((1, 2), i, j, slice(2, 31), i % 5), random.normal((1, 2), i, j, slice(3, 12))
 
     whole = draw()
-    assert whole.shape == (23, 3, 29)
+    assert whole[0].shape == (23, 3, 29) and whole[1].shape == (23, 3, 9)
     monkeypatch.setattr(random, "_CHUNK", 20)
-    np.testing.assert_array_equal(draw(), whole)
+    for part, expected in zip(draw(), whole, strict=True):
+        np.testing.assert_array_equal(part, expected)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -91,15 +93,23 @@ def test_keys_differ_by_seed_name_and_step() -> None:
     keys = [random.key(s, n, t) for s in (0, 1) for n in ("blocks/0/dropout", "blocks/1/dropout") for t in range(100)]
     assert len(set(keys)) == len(keys)
     assert random.key(0, "a", 1) == random.key(0, "a", 1)
-    masks = [random.keep_mask(0.5, key, np.arange(64), 0, slice(0, 64)) for key in keys[:2]]
+    masks = [random.DropoutMask(0.5, key, np.arange(64), 0, (slice(0, 64),)).keep() for key in keys[:2]]
     assert 0.45 < (masks[0] == masks[1]).mean() < 0.55
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
-def test_keep_mask_has_its_rate(rate: float) -> None:
-    keep = random.keep_mask(rate, (8, 9), np.arange(500)[:, None], np.arange(2), slice(0, 200))
+def test_a_mask_has_its_rate(rate: float) -> None:
+    keep = random.DropoutMask(rate, (8, 9), np.arange(500)[:, None], np.arange(2), (slice(0, 200),)).keep()
     assert keep.dtype == bool
     assert abs(keep.mean() - (1 - rate)) <= 4 * math.sqrt(rate * (1 - rate) / keep.size)
+
+
+def test_the_columns_of_a_mask_are_its_runs() -> None:
+    key, i, runs = (8, 9), np.arange(5), (slice(3, 7), slice(7, 7), slice(1, 6))
+    found = random.DropoutMask(0.4, key, i, 2, runs, 3)
+    words = random.bits(key, i, np.array(2), slice(0, 9), 3)[:, [3, 4, 5, 6, 1, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(found.keep(), words >= 0.4 * 2**32)
+    np.testing.assert_array_equal(found.scaled(np.float32), found.keep() * np.float32(1 / 0.6))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8, 20])
@@ -110,7 +120,7 @@ def test_a_mask_does_not_depend_on_the_layout(parts: int) -> None:
 
     def mask(t: slice, i: slice, c: slice, h: slice) -> Array:
         rows = np.arange(t.start, t.stop)[:, None, None], samples[i][:, None]
-        return random.keep_mask(0.3, random.key(0, "core", 2), *rows, c, np.arange(h.start, h.stop))
+        return random.DropoutMask(0.3, random.key(0, "core", 2), *rows, (c,), np.arange(h.start, h.stop)).keep()
 
     whole = mask(slice(0, s), slice(0, batch), slice(0, 11), slice(0, heads))
     for part in range(parts):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from ..arrays import Array, array_module
+from ..random import DropoutMask
 
 
 def attention(
-    q: Array, k: Array, v: Array, scale: float, keep: Array | None = None, causal: bool = True
+    q: Array, kv: Array, scale: float, mask: DropoutMask | None = None, causal: bool = True
 ) -> tuple[Array, Array]:
-    """Attention of grouped heads to a block of keys: o = (P * keep) v, P = softmax(scale q k^T) over the keys.
+    """Attention of grouped heads to a block of keys: o = (P m) v, P = softmax(scale q k^T) over the keys.
 
-    q (s, b, n, d), k and v (t, b, k, d); query head i reads key-value head i // (n/k). causal: s and t are the same
-    positions, and a query sees the keys up to its own; else every query sees every key. keep, if given, holds the
-    dropout mask already divided by 1 - rate, (b, n, s, t). Returns o, shaped as q, and the log-sum-exp of each row of
+    q (s, b, n, d), kv (t, b, k, 2, d) holding keys and values; query head i reads key-value head i // (n/k). causal: s
+    and t are the same positions, and a query sees the keys up to its own; else every query sees every key. mask: what
+    dropout keeps, (b, n, s, t); m = keep / (1 - rate), or 1. Returns o, shaped as q, and the log-sum-exp of each row of
     scores, (b, n, s), from which backward makes P again: nothing of size s x t is kept. Without keys o is zero and the
     log-sum-exp -inf. Vaswani et al., 2017; Ainslie et al., "GQA", 2023; the recomputation is that of Dao et al.,
     "FlashAttention", 2022, section 3.1.
     """
+    k, v = kv[..., 0, :], kv[..., 1, :]
     xp = array_module(q)
     s, b, n, _ = q.shape
     if k.shape[0] == 0:
@@ -26,8 +28,8 @@ def attention(
     p = xp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
     p /= total
-    if keep is not None:
-        p *= keep.reshape(p.shape)
+    if mask is not None:
+        p *= mask.scaled(p.dtype, xp).reshape(p.shape)
     o = p @ _grouped(v, v.shape[2])
     return _ungrouped(o), (top + xp.log(total)).reshape(b, n, s)
 
@@ -35,19 +37,19 @@ def attention(
 def attention_backward(
     do: Array,
     q: Array,
-    k: Array,
-    v: Array,
+    kv: Array,
     o: Array,
     lse: Array,
     scale: float,
-    keep: Array | None = None,
+    mask: DropoutMask | None = None,
     causal: bool = True,
-) -> tuple[Array, Array, Array]:
-    """dv = (P keep)^T do, dS = P (keep (do v^T) - rowsum(do o)), dq = scale dS k, dk = scale dS^T q.
+) -> tuple[Array, Array]:
+    """dv = (P m)^T do, dS = P (m (do v^T) - rowsum(do o)), dq = scale dS k, dk = scale dS^T q; (dq, dkv).
 
-    Where q attends to several blocks of keys, o and lse are those over all of them (``merge_attention``): dk and dv are
-    then this block's, and dq this block's part of a sum.
+    Where q attends to several blocks of keys, o and lse are those over all of them (``merge_attention``): dkv is then
+    this block's, and dq this block's part of a sum.
     """
+    k, v = kv[..., 0, :], kv[..., 1, :]
     xp = array_module(q)
     groups = k.shape[2]
     scores = _scores(q, k, scale, causal)
@@ -55,14 +57,15 @@ def attention_backward(
     dog, qg = _grouped(do, groups), _grouped(q, groups)
     dp = dog @ _grouped(v, groups).swapaxes(-1, -2)
     dropped = p
-    if keep is not None:
-        keep = keep.reshape(p.shape)
-        dropped, dp = p * keep, dp * keep
+    if mask is not None:
+        scaled = mask.scaled(p.dtype, xp).reshape(p.shape)
+        dropped, dp = p * scaled, dp * scaled
     dv = dropped.swapaxes(-1, -2) @ dog
     ds = p * (dp - (dog * _grouped(o, groups)).sum(-1, keepdims=True))
     ds *= scale
     dq, dk = ds @ _grouped(k, groups), ds.swapaxes(-1, -2) @ qg
-    return _ungrouped(dq), _ungrouped(dk.sum(2, keepdims=True)), _ungrouped(dv.sum(2, keepdims=True))
+    dkv = xp.stack([_ungrouped(dk.sum(2, keepdims=True)), _ungrouped(dv.sum(2, keepdims=True))], -2)
+    return _ungrouped(dq), dkv
 
 
 def merge_attention(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:

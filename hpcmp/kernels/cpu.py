@@ -14,9 +14,18 @@ from . import blas, reference, update
 _BLOCK = 1 << 15  # elements of a block: with a few temporaries of it, about the second-level cache
 
 
-def matmul(x: NDArray[np.floating], w: NDArray[np.floating]) -> NDArray[np.floating]:
-    """See ``reference.matmul``."""
-    return blas.gemm(reference.rows(x), w).reshape(*x.shape[:-1], w.shape[1])
+def matmul(
+    x: NDArray[np.floating], w: NDArray[np.floating], bias: NDArray[np.floating] | None = None
+) -> NDArray[np.floating]:
+    """See ``reference.matmul``. The product is added to rows that hold the bias: a pass less than adding it after."""
+    flat = reference.rows(x)
+    if bias is None:
+        y = blas.gemm(flat, w)
+    else:
+        y = np.empty((len(flat), w.shape[1]), x.dtype)
+        y[...] = bias
+        blas.gemm(flat, w, y, accumulate=True)
+    return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 def matmul_transposed(dy: NDArray[np.floating], w: NDArray[np.floating]) -> NDArray[np.floating]:

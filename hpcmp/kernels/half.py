@@ -28,11 +28,13 @@ ROUNDED: dict[str, tuple[int, ...]] = {
     "layer_norm_backward_weight": (),
     "rms_norm_backward_weight": (),
     "combine_backward_gates": (),
-    "row_max": (),
     "cross_entropy_parts": (),
     "square_sum": (),
     "router_scores": (),
 }
+
+#: Kernels whose result takes the place of an argument, and of which.
+OVERWRITTEN = {"cross_entropy_backward": 1}
 
 
 class Half:
@@ -54,7 +56,7 @@ class Half:
 
 
 def _widened(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    rounded = ROUNDED.get(name)
+    rounded, over = ROUNDED.get(name), OVERWRITTEN.get(name)
 
     @functools.wraps(kernel)
     def call(*args: Any, **settings: Any) -> Any:
@@ -67,6 +69,9 @@ def _widened(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
             if halves[0]:
                 raise TypeError(f"{name}: adding up in {args[0].dtype} loses what is added; give it a float32 array")
             return None
+        if over is not None and halves[over]:
+            args[over][...] = found
+            return args[over]
         dtype = args[halves.index(True)].dtype
         results = found if isinstance(found, tuple) else (found,)
         results = tuple(

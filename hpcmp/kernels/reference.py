@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from ..arrays import Array, array_module
+from ..random import DropoutMask
 
 _GELU_A, _GELU_C = math.sqrt(2 / math.pi), 0.044715
 
@@ -19,9 +20,12 @@ def rows(x: Array) -> Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def matmul(x: Array, w: Array) -> Array:
-    """y = x w. x (..., i), w (i, o), y (..., o)."""
-    return (rows(x) @ w).reshape(*x.shape[:-1], w.shape[1])
+def matmul(x: Array, w: Array, bias: Array | None = None) -> Array:
+    """y = x w, or x w + bias. x (..., i), w (i, o), bias (o,), y (..., o)."""
+    y = rows(x) @ w
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 def matmul_transposed(dy: Array, w: Array) -> Array:
@@ -32,6 +36,14 @@ def matmul_transposed(dy: Array, w: Array) -> Array:
 def add_outer(grad: Array, x: Array, dy: Array) -> None:
     """grad += x^T dy, in place: the gradient of ``matmul`` with respect to w."""
     grad += rows(x).T @ rows(dy)
+
+
+def add_rows(grad: Array, dy: Array) -> None:
+    """grad += the sum of the rows of dy, in place: the gradient of ``matmul`` with respect to its bias.
+
+    grad (o,), dy (..., o).
+    """
+    grad += rows(dy).sum(0, dtype=grad.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -127,21 +139,22 @@ def rms_norm_backward_weight(dy: Array, x: Array, rstd: Array) -> Array:
     return (dy * (x * rstd)).sum(tuple(range(dy.ndim - 1)))
 
 
-def dropout(x: Array, keep: Array, rate: float) -> Array:
-    """y = x keep / (1 - rate), keep boolean. Its own adjoint."""
-    return x * keep * x.dtype.type(1 / (1 - rate))
+def dropout(x: Array, mask: DropoutMask) -> Array:
+    """y = x keep / (1 - rate), the mask's rows x's but for the last axis. Its own adjoint."""
+    return x * mask.scaled(x.dtype, array_module(x))
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate the pairs (x_i, x_{i + d/2}) by the angle of their position: y = (a cos - b sin, b cos + a sin).
 
-    x (s, b, n, d), cos and sin (s, 1, 1, d/2). The adjoint is the rotation by the opposite angle, ``sin`` negated.
-    Su et al., "RoFormer", 2021, with the halves paired as Llama has them.
+    x (s, b, n, D), cos and sin (s, 1, 1, d/2): the first d numbers turn, the other D - d stay as they are (the values
+    beside a head's keys). The adjoint is the rotation by the opposite angle, ``sin`` negated. Su et al., "RoFormer",
+    2021, with the halves paired as Llama has them.
     """
     xp = array_module(x)
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def embedding(table: Array, ids: Array, first: int) -> Array:
@@ -164,33 +177,38 @@ def embedding_backward_weight(grad: Array, ids: Array, first: int, dy: Array) ->
     xp.add.at(grad, row[here], rows(dy)[here])
 
 
-def row_max(x: Array) -> Array:
-    """m = max over the last axis, which may be empty (-inf)."""
-    xp = array_module(x)
-    return x.max(-1) if x.shape[-1] else xp.full(x.shape[:-1], -xp.inf, x.dtype)
+def cross_entropy_parts(logits: Array, targets: Array, first: int) -> tuple[Array, Array, Array]:
+    """(m, sum_j exp(x_j - m), x_target or zero if the target's column lies elsewhere), m the largest of a row.
 
-
-def cross_entropy_parts(logits: Array, targets: Array, first: int, top: Array) -> tuple[Array, Array]:
-    """(sum_j exp(x_j - top), x_target - top or zero if the target's column lies elsewhere). logits (..., v)."""
+    logits (..., v), which may be a shard of the vocabulary from the column ``first`` on: of no columns the parts are
+    (-inf, 0, 0).
+    """
     xp = array_module(logits)
-    shifted = logits - top[..., None]
+    if logits.shape[-1] == 0:
+        zero = xp.zeros(targets.shape, logits.dtype)
+        return zero - xp.inf, zero, zero
+    top = logits.max(-1)
+    shift = xp.where(top == -xp.inf, 0, top).astype(logits.dtype)  # else exp(-inf + inf)
     column = targets - first
     here = (column >= 0) & (column < logits.shape[-1])
-    if logits.shape[-1] == 0:
-        return xp.zeros(top.shape, logits.dtype), xp.zeros(top.shape, logits.dtype)
-    chosen = xp.take_along_axis(shifted, xp.where(here, column, 0)[..., None], -1)[..., 0]
-    return xp.exp(shifted).sum(-1), xp.where(here, chosen, 0).astype(logits.dtype)
+    chosen = xp.take_along_axis(logits, xp.where(here, column, 0)[..., None], -1)[..., 0]
+    total = xp.exp(logits - shift[..., None]).sum(-1)
+    return top, total, xp.where(here, chosen, 0).astype(logits.dtype)
 
 
 def cross_entropy_backward(scale: Array, logits: Array, targets: Array, first: int, lse: Array) -> Array:
-    """dx = scale (exp(x - lse) - [column is the target]). scale and lse (...): a zero scale ignores a position."""
+    """dx = scale (exp(x - lse) - [column is the target]), **written over the logits**; returns these.
+
+    scale and lse (...): a zero scale ignores a position.
+    """
     xp = array_module(logits)
-    dx = rows(xp.exp(logits - lse[..., None]))
-    column = (targets - first).reshape(-1)
-    chosen = xp.nonzero((column >= 0) & (column < logits.shape[-1]))[0]
-    dx[chosen, column[chosen]] -= 1
-    dx *= scale.reshape(-1, 1)
-    return dx.reshape(logits.shape)
+    logits -= lse[..., None]
+    xp.exp(logits, out=logits)
+    column = targets - first
+    chosen = xp.nonzero((column >= 0) & (column < logits.shape[-1]))
+    logits[(*chosen, column[chosen])] -= 1
+    logits *= scale[..., None]
+    return logits
 
 
 def square_sum(x: Array) -> float:

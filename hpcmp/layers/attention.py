@@ -10,13 +10,14 @@ from .. import kernels, partition
 from ..arrays import Array, array_module, wide
 from ..cursor import Place
 from ..module import Module
+from ..random import DropoutMask
 from ..wgrad import WGrad
 from .context import SUM, HeadExchange, Ring
 from .dropout import attention_mask
 from .parallel import ModelParallel
 
 #: A dropout mask for a range of query heads.
-Keep = Callable[[slice], Array | None]
+Mask = Callable[[slice], DropoutMask | None]
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ class Rope(Module):
         frequency = self.theta ** (-xp.arange(0, self.head_size, 2) / self.head_size)
         angle = xp.asarray(self.parallel.context())[:, None, None, None] * frequency
         cos, sin = xp.cos(angle).astype(q.dtype), (sign * xp.sin(angle)).astype(q.dtype)
-        turned = xp.empty_like(kv)
-        turned[..., 0, :], turned[..., 1, :] = rope(kv[..., 0, :], cos, sin), kv[..., 1, :]
-        return rope(q, cos, sin), turned
+        beside = kv.reshape(*kv.shape[:3], 2 * self.head_size)  # keys, of which rope turns all, and values
+        return rope(q, cos, sin), rope(beside, cos, sin).reshape(kv.shape)
 
 
 def attention_core(heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> Module:
@@ -148,7 +148,7 @@ class CausalAttention(Module):
         place = self.cursor.place
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
-            part, row = self._forward(q[queries], block[keys], causal, self._keep(place, peer, q))
+            part, row = self._forward(q[queries], block[keys], causal, self._mask(place, peer, q))
             if causal:  # this rank's own block, which comes first
                 o, lse = part.astype(wide(q.dtype), copy=False), row
             else:
@@ -163,7 +163,7 @@ class CausalAttention(Module):
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
             rows = (dy[queries], q[queries], o[queries], lse[..., queries])
-            part, gradient = self._backward(*rows, block[keys], causal, self._keep(place, peer, q))
+            part, gradient = self._backward(*rows, block[keys], causal, self._mask(place, peer, q))
             if causal:
                 dq, own = part.astype(wide(q.dtype), copy=False), gradient
                 continue
@@ -173,33 +173,40 @@ class CausalAttention(Module):
             carried = self.ring.hop(total, peer, SUM)
         return dq.astype(q.dtype, copy=False), own if carried is None else own + carried.wait()
 
-    def _forward(self, q: Array, kv: Array, causal: bool, keep: Keep) -> tuple[Array, Array]:
+    def _forward(self, q: Array, kv: Array, causal: bool, mask: Mask) -> tuple[Array, Array]:
         """Attention to one block of keys and values, and the log-sum-exp of its rows."""
-        k, xp = kernels.of(q), array_module(q)
+        k, xp, scale = kernels.of(q), array_module(q), self._scale(q)
+        parts: list[tuple[Array, Array]] = [
+            k.attention(q[:, :, qs], kv[:, :, ks], scale, mask(qs), causal) for qs, ks in self.blocks
+        ]
+        if len(parts) == 1:  # the usual case: nothing to join
+            return parts[0]
         o, lse = xp.empty_like(q), xp.empty((q.shape[1], q.shape[2], q.shape[0]), wide(q.dtype))
-        for qs, ks in self.blocks:
-            o[:, :, qs], lse[:, qs] = k.attention(
-                q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], self._scale(q), keep(qs), causal
-            )
+        for (qs, _), part in zip(self.blocks, parts, strict=True):
+            o[:, :, qs], lse[:, qs] = part
         return o, lse
 
     def _backward(
-        self, dy: Array, q: Array, o: Array, lse: Array, kv: Array, causal: bool, keep: Keep
+        self, dy: Array, q: Array, o: Array, lse: Array, kv: Array, causal: bool, mask: Mask
     ) -> tuple[Array, Array]:
         """This block's part of dq, and the part of its own gradient that these queries make."""
         k, xp = kernels.of(q), array_module(q)
-        dq, dkv = xp.empty_like(q), xp.zeros_like(kv)
+        parts: list[tuple[Array, Array]] = []
         for qs, ks in self.blocks:
-            here = (dy[:, :, qs], q[:, :, qs], kv[:, :, ks, 0], kv[:, :, ks, 1], o[:, :, qs], lse[:, qs])
-            dq[:, :, qs], dk, dv = k.attention_backward(*here, self._scale(q), keep(qs), causal)
-            dkv[:, :, ks, 0] += dk  # a key-value head may be read from two blocks
-            dkv[:, :, ks, 1] += dv
+            here = (dy[:, :, qs], q[:, :, qs], kv[:, :, ks], o[:, :, qs], lse[:, qs])
+            parts.append(k.attention_backward(*here, self._scale(q), mask(qs), causal))
+        if len(parts) == 1:
+            return parts[0]
+        dq, dkv = xp.empty_like(q), xp.zeros_like(kv)
+        for (qs, ks), (dqs, dks) in zip(self.blocks, parts, strict=True):
+            dq[:, :, qs] = dqs
+            dkv[:, :, ks] += dks  # a key-value head may be read from two blocks
         return dq, dkv
 
-    def _keep(self, place: Place, peer: int, like: Array) -> Keep:
+    def _mask(self, place: Place, peer: int, like: Array) -> Mask:
         """The dropout mask of some of this rank's query heads, for its queries and the keys of ``peer``."""
 
-        def keep(local: slice) -> Array | None:
+        def mask(local: slice) -> DropoutMask | None:
             if self.dropout == 0:
                 return None
             queries, keys, _ = self.ring.pair(peer)
@@ -208,7 +215,7 @@ class CausalAttention(Module):
             heads = slice(first + local.start, first + local.stop)
             return attention_mask(self.dropout, self.name, self.cursor, place, *positions, heads, like)
 
-        return keep
+        return mask
 
     @staticmethod
     def _scale(q: Array) -> float:

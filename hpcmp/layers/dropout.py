@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels, random
-from ..arrays import Array, array_module, wide
+from ..arrays import Array, array_module
 from ..cursor import Cursor, Place
 from ..module import Module
+from ..random import DropoutMask
 from ..wgrad import WGrad
 from .parallel import ModelParallel
 
@@ -20,30 +21,30 @@ class Dropout(Module):
 
     x (s, batch, h), perhaps a shard of the sequence; of the ``hidden`` columns it has this rank's share over tp_y. The
     element at position t of sample i, column c keeps its value if word(key(seed, name, step), t, i, c) says so (see
-    ``hpcmp.random``). A rate of 0, and evaluation, keep everything.
+    ``hpcmp.random``). A rate of 0, and evaluation, keep everything. Backward draws the mask again: compiled, drawing
+    and applying it takes a third longer than reading one of a byte an element, which would stay in memory until then.
     """
 
     def __init__(self, parallel: ModelParallel, hidden: int, rate: float, name: str) -> None:
         self.parallel, self.rate, self.name = parallel, rate, name
         self.columns = parallel.tp_y.part(hidden)
 
-    def forward(self, x: Array) -> tuple[Array, Array | None]:
+    def forward(self, x: Array) -> tuple[Array, DropoutMask | None]:
         place = self.parallel.cursor.place
         if self.rate == 0 or not place.training:
             return x, None
         xp, here = array_module(x), self.parallel.positions()
-        keep = random.keep_mask(
+        mask = random.DropoutMask(
             self.rate,
             random.key(self.parallel.cursor.seed, self.name, place.step),
             xp.asarray(here)[:, None],
             samples(place, x.shape[1], xp),
-            self.columns,
-            xp=xp,
+            (self.columns,),
         )
-        return kernels.of(x).dropout(x, keep, self.rate), keep
+        return kernels.of(x).dropout(x, mask), mask
 
-    def backward(self, dy: Array, saved: Array | None, wgrad: WGrad) -> Array:
-        return dy if saved is None else kernels.of(dy).dropout(dy, saved, self.rate)
+    def backward(self, dy: Array, saved: DropoutMask | None, wgrad: WGrad) -> Array:
+        return dy if saved is None else kernels.of(dy).dropout(dy, saved)
 
 
 def attention_mask(
@@ -55,25 +56,23 @@ def attention_mask(
     keys: NDArray[np.int64],
     heads: slice,
     like: Array,
-) -> Array | None:
-    """keep / (1 - rate) for attention probabilities, by sample, head, query and key; None where nothing is dropped.
+) -> DropoutMask | None:
+    """What attention keeps of its probabilities, by sample, head, query and key; None where nothing is dropped.
 
     queries, keys: their positions in the whole sequence, those of the keys in a few contiguous runs; heads: of all.
-    like (s, batch, ...) gives the batch, kind and (wide) dtype of the result, (batch, heads, queries, keys).
+    like (s, batch, ...) gives the batch and kind of the mask, (batch, heads, queries, keys).
     """
     if rate == 0 or not place.training or not queries.size or not keys.size:
         return None
     xp = array_module(like)
-    runs = [slice(int(r[0]), int(r[-1]) + 1) for r in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1)]
-    row = (
+    return random.DropoutMask(
+        rate,
+        random.key(cursor.seed, name, place.step),
         xp.asarray(queries),
         samples(place, like.shape[1], xp)[:, None, None],
+        tuple(slice(int(r[0]), int(r[-1]) + 1) for r in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1)),
         xp.arange(heads.start, heads.stop)[:, None],
     )
-    key = random.key(cursor.seed, name, place.step)
-    parts = [random.keep_mask(rate, key, row[0], row[1], run, row[2], xp=xp) for run in runs]
-    keep = parts[0] if len(parts) == 1 else xp.concatenate(parts, -1)
-    return keep * wide(like.dtype).type(1 / (1 - rate))
 
 
 def samples(place: Place, batch: int, xp: Any) -> Array:

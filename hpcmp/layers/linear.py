@@ -32,7 +32,7 @@ class ColumnParallelLinear(Module):
     """``Sequential(enter, Linear, contract)``, overlapped: Y = X W + b, each rank of tp making its columns of Y.
 
     x (s, batch, h): a shard of the sequence, or the whole, and of hidden this rank's share over tp_y (see
-    ``ModelParallel``), so that a rank's product is one summand of Y; b is added once, after the sum. Several outputs
+    ``ModelParallel``), so that a rank's product is one summand of Y; the first rank of tp_y adds b. Several outputs
     share one entry: the result is then a tuple, one array (S, batch, *shape) per output, each summed under the next
     one's product. Weights are (h, *shape), biases (*shape,). The backward re-enters x (keeping only the shard), starts
     the exit of dX, and computes dW under it.
@@ -48,6 +48,7 @@ class ColumnParallelLinear(Module):
         initial: Initial | None = None,
     ) -> None:
         self.enter, self.contract = parallel.enter, parallel.contract
+        self.first = parallel.tp_y.rank == 0
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         for name, o in outputs.items():
@@ -63,13 +64,12 @@ class ColumnParallelLinear(Module):
     def forward(self, x: Array) -> tuple[Any, Array]:
         whole = self.enter(x)
         k = kernels.of(x)
-        sums = [self.contract.start(k.matmul(whole, matrix(weight.data, 1))) for weight in self.weights.values()]
-        ys = []
-        for (name, weight), pending in zip(self.weights.items(), sums, strict=True):
-            y = pending.wait()
-            if self.biases:
-                y += self.biases[_bias(name)].data.reshape(-1)
-            ys.append(y.reshape(*whole.shape[:-1], *weight.data.shape[1:]))
+        sums = []
+        for name, weight in self.weights.items():
+            bias = self.biases[_bias(name)].data.reshape(-1) if self.biases and self.first else None
+            sums.append(self.contract.start(k.matmul(whole, matrix(weight.data, 1), bias)))
+        shapes = [(*whole.shape[:-1], *weight.data.shape[1:]) for weight in self.weights.values()]
+        ys = [pending.wait().reshape(shape) for pending, shape in zip(sums, shapes, strict=True)]
         return ys[0] if len(ys) == 1 else tuple(ys), x
 
     def backward(self, dy: Any, x: Array, wgrad: WGrad) -> Array:
@@ -91,16 +91,15 @@ class ColumnParallelLinear(Module):
         for dy, (name, weight) in zip(dys, self.weights.items(), strict=True):
             k.add_outer(matrix(weight.grad, 1), x, dy)
             if self.biases:
-                grad = self.biases[_bias(name)].grad
-                grad += k.rows(dy).sum(0, dtype=grad.dtype).reshape(grad.shape)
+                k.add_rows(self.biases[_bias(name)].grad.reshape(-1), dy)
 
 
 class RowParallelLinear(Module):
     """``Sequential(expand, Linear, leave)``: Y = sum_r X_r W_r + b, each rank r of tp holding W's rows for its X_r.
 
     x (S, batch, *shape) with ``axis`` of ``shape`` sharded; W (*shape, h); y (s, batch, h): a shard of the sequence, or
-    the whole, and of hidden this rank's share over tp_y. b is added once, after the sum. The backward starts the sum of
-    dX over tp_y, and computes dW under it.
+    the whole, and of hidden this rank's share over tp_y. The first rank of tp adds b. The backward starts the sum of dX
+    over tp_y, and computes dW under it.
     """
 
     def __init__(
@@ -114,6 +113,7 @@ class RowParallelLinear(Module):
         initial: Initial | None = None,
     ) -> None:
         self.expand, self.leave = parallel.expand, parallel.leave
+        self.first = parallel.tp.rank == 0
         self.weight = parallel.sharded(
             *shape, features, axis=axis, hidden=len(shape), initial=initial, matrix=(0, len(shape))
         )
@@ -122,8 +122,8 @@ class RowParallelLinear(Module):
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         flat = matrix(self.expand(x), x.ndim - self.rank, keep=True)
-        y = self.leave(kernels.of(x).matmul(flat, matrix(self.weight.data, self.rank)))
-        return y if self.bias is None else y + self.bias.data, x
+        bias = self.bias.data if self.bias is not None and self.first else None
+        return self.leave(kernels.of(x).matmul(flat, matrix(self.weight.data, self.rank), bias)), x
 
     def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
         whole = self.leave.T(dy)
@@ -136,14 +136,14 @@ class RowParallelLinear(Module):
         flat = matrix(x, x.ndim - self.rank, keep=True)
         kernels.of(x).add_outer(matrix(self.weight.grad, self.rank), flat, whole)
         if self.bias is not None:
-            self.bias.grad += kernels.of(dy).rows(dy).sum(0, dtype=self.bias.grad.dtype)
+            kernels.of(dy).add_rows(self.bias.grad, dy)
 
 
 class ParallelHead(Module):
     """Vocabulary-parallel logits: ``Sequential(enter, x -> x E^T, contract)``, E (vocabulary, h) sharded over its rows.
 
-    x (s, batch, h) -> logits (S, batch, v), v this rank's rows. Of hidden, x and E have this rank's share over tp_y. E
-    may be the embedding's own table (tied weights).
+    x (s, batch, h) -> logits (S, batch, v), v this rank's rows, of which nothing is kept here: the loss writes over
+    them. Of hidden, x and E have this rank's share over tp_y. E may be the embedding's own table (tied weights).
     """
 
     def __init__(self, parallel: ModelParallel, table: Parameter) -> None:

@@ -20,6 +20,9 @@ class VocabularyParallelCrossEntropy(Module):
     tp (and of tp_y, whose ranks have the same logits); the caller divides by the number of tokens, by passing 1/tokens
     as ``dy``. Two collectives of S x batch numbers: the maximum, then the sums. Shoeybi et al., "Megatron-LM", 2019,
     section 3.
+
+    **The backward writes its gradient over the logits**, the largest array of a step, in place of a second one: they
+    must be this layer's alone, as the product of a head is that nobody else keeps, and are gone after it.
     """
 
     def __init__(self, parallel: ModelParallel, vocabulary: int) -> None:
@@ -28,12 +31,12 @@ class VocabularyParallelCrossEntropy(Module):
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
         logits, targets = x
-        k, xp = kernels.of(logits), array_module(logits)
-        top = self.tp.all_reduce(k.row_max(logits), "max").wait()
-        parts = xp.stack(k.cross_entropy_parts(logits, targets, self.first, top))
-        total, chosen = self.tp.all_reduce(parts).wait()
+        xp = array_module(logits)
+        mine, total, chosen = kernels.of(logits).cross_entropy_parts(logits, targets, self.first)
+        top = self.tp.all_reduce(mine, "max").wait()
+        total, chosen = self.tp.all_reduce(xp.stack([total * xp.exp(mine - top), chosen])).wait()
         lse = xp.log(total)
-        loss = xp.where(targets >= 0, lse - chosen, 0).sum(dtype="float64")
+        loss = xp.where(targets >= 0, lse - (chosen - top), 0).sum(dtype="float64")
         return loss, (logits, targets, top + lse)
 
     def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> tuple[Array, None]:

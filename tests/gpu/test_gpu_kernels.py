@@ -60,8 +60,9 @@ def test_random_numbers_are_the_hosts() -> None:
     i, j = np.arange(5)[:, None], np.array([2**31, 7])
     words = random.bits(key, cupy.asarray(i), cupy.asarray(j), slice(3, 11), xp=cupy)
     np.testing.assert_array_equal(to_host(words), random.bits(key, i, j, slice(3, 11)))
-    kept = random.keep_mask(0.3, key, cupy.asarray(i), cupy.asarray(j), slice(0, 6), cupy.asarray(i), cupy)
-    np.testing.assert_array_equal(to_host(kept), random.keep_mask(0.3, key, i, j, slice(0, 6), i))
+    runs = slice(0, 6), slice(9, 10)
+    kept = random.DropoutMask(0.3, key, cupy.asarray(i), cupy.asarray(j), runs, cupy.asarray(i)).keep(cupy)
+    np.testing.assert_array_equal(to_host(kept), random.DropoutMask(0.3, key, i, j, runs, i).keep())
 
 
 def test_the_gradient_of_an_embedding_is_the_same_in_every_run() -> None:

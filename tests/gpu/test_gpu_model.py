@@ -44,8 +44,9 @@ def gradients(a: Architecture, xp: ModuleType, dtype: Any, recompute: bool = Fal
     loss = VocabularyParallelCrossEntropy(parallel, a.vocabulary)
     logits, saved = model.forward(tokens)
     total, kept = loss.forward((logits, targets))
+    seen = logits.copy()  # the gradient is written over them
     model.backward(loss.backward(1 / (length * batch), kept, wgrad.now)[0], saved, wgrad.now)
-    found = {"logits": logits, "loss": total} | {p.name: p.grad for p in parameters}
+    found = {"logits": seen, "loss": total} | {p.name: p.grad for p in parameters}
     assert all(array_module(array) is xp for array in found.values())
     return {name: to_host(array) for name, array in found.items()}
 

@@ -11,6 +11,7 @@ import pytest
 from hpcmp import kernels
 from hpcmp.arrays import Array
 from hpcmp.kernels import attention, reference
+from hpcmp.random import DropoutMask
 
 RNG = np.random.default_rng
 
@@ -36,21 +37,26 @@ def norm_arguments(d: Sizes, rms: bool) -> dict[str, Array]:
     return {"dy": d.real(d.s, 2, 7), "x": x, "weight": weight, "mean": mean, "rstd": rstd}
 
 
+def attention_mask(s: int, b: int, n: int, t: int) -> DropoutMask:
+    """Of (b, n, s, t): the keys in two runs, as on a ring."""
+    runs = slice(2, 2 + t // 2), slice(9 + t // 2, 9 + t)
+    return DropoutMask(0.3, (5, 6), np.arange(s) + 3, np.arange(b)[:, None, None], runs, np.arange(n)[:, None])
+
+
 def attention_arguments(d: Sizes, backward: bool) -> list[Array]:
     s, t, causal = d.s % 11, d.f % 11, d.s == 5
     t = s if causal else t
-    q, k, v = d.real(s, 2, 6, 4), d.real(t, 2, 3, 4), d.real(t, 2, 3, 4)
-    keep = ((d.rng.random((2, 6, s, t)) < 0.8) / 0.8).astype(d.dtype)
+    q, kv = d.real(s, 2, 6, 4), d.real(t, 2, 3, 2, 4)
+    keep = attention_mask(s, 2, 6, t)
     if not backward:
-        return [q, k, v, 0.5, keep, causal]
-    o, lse = attention.attention(q, k, v, 0.5, keep, causal)
-    return [d.real(s, 2, 6, 4), q, k, v, o, lse, 0.5, keep, causal]
+        return [q, kv, 0.5, keep, causal]
+    o, lse = attention.attention(q, kv, 0.5, keep, causal)
+    return [d.real(s, 2, 6, 4), q, kv, o, lse, 0.5, keep, causal]
 
 
-def cross_entropy_arguments(d: Sizes) -> tuple[Array, Array, Array]:
-    """Logits, targets of which some lie elsewhere and some are ignored, and the maximum."""
-    logits = d.real(d.s, 2, d.f)
-    return logits, d.whole(-1, d.f + 9, d.s, 2), np.maximum(reference.row_max(logits), 0)
+def cross_entropy_arguments(d: Sizes) -> list[Any]:
+    """Logits, targets of which some lie elsewhere and some are ignored, and the first column."""
+    return [d.real(d.s, 2, d.f), d.whole(-1, d.f + 9, d.s, 2), 4]
 
 
 def chosen(d: Sizes) -> Array:
@@ -72,11 +78,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "rows": lambda d: [d.real(d.s, 2, d.f)],
-    "matmul": lambda d: [d.real(d.s, 2, d.f), d.real(d.f, 5)],
+    "matmul": lambda d: [d.real(d.s, 2, d.f), d.real(d.f, 5), d.real(5)],
     "matmul_transposed": lambda d: [d.real(d.s, 2, 5), d.real(d.f, 5)],
     "add_outer": lambda d: [d.real(d.f, 5), d.real(d.s, 2, d.f), d.real(d.s, 2, 5)],
+    "add_rows": lambda d: [d.real(d.f), d.real(d.s, 70, d.f)],
     "gelu": lambda d: [d.real(d.s, 2, d.f)],
-    "dropout": lambda d: [d.real(d.s, 2, d.f), d.rng.random((d.s, 2, d.f)) < 0.8, 0.2],
+    "dropout": lambda d: [
+        d.real(d.s, 2, d.f),
+        DropoutMask(0.2, (3, 4), np.arange(d.s)[:, None], np.array([7, 2]), (slice(5, 5 + d.f),)),
+    ],
     "gelu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
     "swiglu": lambda d: [d.real(d.s, 2, 2, d.f)],
     "swiglu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, 2, d.f)],
@@ -86,20 +96,14 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "rms_norm": lambda d: [d.real(d.s, 2, 7), d.real(7), 1e-5],
     "rms_norm_backward": lambda d: list(norm_arguments(d, True).values()),
     "rms_norm_backward_weight": lambda d: [v for k, v in norm_arguments(d, True).items() if k != "weight"],
-    "rope": lambda d: [d.real(d.s, 2, 3, 8), d.real(d.s, 1, 1, 4), d.real(d.s, 1, 1, 4)],
+    "rope": lambda d: [d.real(d.s, 2, 3, 8 + d.f % 4), d.real(d.s, 1, 1, 4), d.real(d.s, 1, 1, 4)],
     "attention": lambda d: attention_arguments(d, False),
     "attention_backward": lambda d: attention_arguments(d, True),
     "merge_attention": lambda d: [d.real(*n) for _ in range(2) for n in ((d.s, 2, 6, 4), (2, 6, d.s))],
     "embedding": lambda d: [d.real(d.f, 5), d.whole(0, d.f + 9, d.s, 2), 4],
     "embedding_backward_weight": lambda d: [d.real(d.f, 5), d.whole(0, d.f + 9, d.s, 2), 4, d.real(d.s, 2, 5)],
-    "row_max": lambda d: [d.real(d.s, 2, d.f)],
-    "cross_entropy_parts": lambda d: [*cross_entropy_arguments(d)[:2], 4, cross_entropy_arguments(d)[2]],
-    "cross_entropy_backward": lambda d: [
-        abs(d.real(d.s, 2)),
-        *cross_entropy_arguments(d)[:2],
-        4,
-        cross_entropy_arguments(d)[2] + d.dtype(1),
-    ],
+    "cross_entropy_parts": cross_entropy_arguments,
+    "cross_entropy_backward": lambda d: [abs(d.real(d.s, 2)), *cross_entropy_arguments(d), 3 + d.real(d.s, 2)],
     "square_sum": lambda d: [d.real(d.s, 2, d.f)],
     "router_scores": lambda d: [d.real(d.s, 2, 7), "softmax"],
     "router_scores_backward": lambda d: [d.real(d.s, 2, 7), abs(d.real(d.s, 2, 7)), "sigmoid"],
@@ -175,10 +179,30 @@ def test_large_numbers_stay_finite_in_single_precision(kernel_set: Any) -> None:
         dx = kernel_set.swiglu_backward(one, np.stack([x, one]))
         np.testing.assert_allclose(dx, [(np.sign(x) + 1) / 2, np.maximum(x, 0)], atol=1e-6)
     q = 1e3 * RNG(0).normal(size=(5, 1, 2, 4)).astype(np.float32)
-    o, lse = kernel_set.attention(q, q, q, 0.5)
+    kv = np.stack([q, q], -2)
+    o, lse = kernel_set.attention(q, kv, 0.5)
     assert np.isfinite(o).all() and np.isfinite(lse).all()
-    for gradient in kernel_set.attention_backward(np.ones_like(q), q, q, q, o, lse, 0.5):
+    for gradient in kernel_set.attention_backward(np.ones_like(q), q, kv, o, lse, 0.5):
         assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)
+def test_the_gradient_of_the_logits_takes_their_place(kernel_set: Any) -> None:
+    for contiguous in (True, False):
+        scale, logits, *others = CALLS["cross_entropy_backward"](Sizes(5, 7))
+        logits = lay(logits, contiguous)
+        assert kernel_set.cross_entropy_backward(scale, logits, *others) is logits
+
+
+@pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)
+def test_logits_of_minus_infinity(kernel_set: Any) -> None:
+    """One, and all of a shard of the vocabulary: their exponentials are zero."""
+    logits = np.array([[[1.0, -np.inf, 2.0]], [[-np.inf] * 3]])
+    with np.errstate(invalid="raise"):
+        top, total, chosen = kernel_set.cross_entropy_parts(logits, np.array([[2], [9]]), 0)
+    np.testing.assert_array_equal(top[:, 0], [2, -np.inf])
+    np.testing.assert_allclose(total[:, 0], [1 + np.exp(-1), 0], rtol=1e-15)
+    np.testing.assert_array_equal(chosen[:, 0], [2, 0])
 
 
 def test_the_set_for_an_array() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from hpcmp import kernels
 from hpcmp.arrays import Array
 from hpcmp.kernels import attention, reference
+from tests.kernels.test_kernels import attention_mask
 
 RNG = np.random.default_rng
 
@@ -39,13 +41,14 @@ def draw(*shape: int) -> Array:
 
 
 def test_matmul_backward() -> None:
-    def gradients(dy: Array) -> tuple[Array, Array]:
-        grad = np.ones((7, 5))
+    def gradients(dy: Array) -> tuple[Array, Array, Array]:
+        grad, sums = np.ones((7, 5)), np.ones(5)
         reference.add_outer(grad, x, dy)
-        return reference.matmul_transposed(dy, w), grad - 1  # added to what was there
+        reference.add_rows(sums, dy)
+        return reference.matmul_transposed(dy, w), grad - 1, sums - 1  # added to what was there
 
-    x, w = draw(3, 2, 7), draw(7, 5)
-    check_backward(reference.matmul, [x, w], gradients)
+    x, w, bias = draw(3, 2, 7), draw(7, 5), draw(5)
+    check_backward(reference.matmul, [x, w, bias], gradients)
 
 
 def test_gelu_backward() -> None:
@@ -83,40 +86,44 @@ def test_rope_backward_is_the_opposite_rotation() -> None:
     x, angle = draw(5, 2, 3, 8), draw(5, 1, 1, 4)
     cos, sin = np.cos(angle), np.sin(angle)
     check_backward(lambda x: reference.rope(x, cos, sin), [x], lambda dy: (reference.rope(dy, cos, -sin),))
+    beside = draw(5, 2, 3, 11)
+    turned = reference.rope(beside, cos, sin)
+    np.testing.assert_array_equal(turned[..., :8], reference.rope(beside[..., :8], cos, sin))
+    np.testing.assert_array_equal(turned[..., 8:], beside[..., 8:])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (5, 1), (3, 3)])
 @pytest.mark.parametrize(("keys", "causal"), [(5, True), (5, False), (3, False)])
 def test_attention_backward(heads: int, groups: int, dropout: bool, keys: int, causal: bool) -> None:
-    q, k, v = draw(5, 2, heads, 4), draw(keys, 2, groups, 4), draw(4, groups, 2, keys).T
-    keep = (RNG(0).random((2, heads, 5, keys)) < 0.7) / 0.7 if dropout else None
+    q, kv = draw(5, 2, heads, 4), draw(keys, 2, groups, 2, 4)
+    keep = attention_mask(5, 2, heads, keys) if dropout else None
 
     def gradients(dy: Array) -> tuple[Array, ...]:
-        o, lse = attention.attention(q, k, v, 0.4, keep, causal)
-        return attention.attention_backward(dy, q, k, v, o, lse, 0.4, keep, causal)
+        o, lse = attention.attention(q, kv, 0.4, keep, causal)
+        return attention.attention_backward(dy, q, kv, o, lse, 0.4, keep, causal)
 
-    check_backward(lambda q, k, v: attention.attention(q, k, v, 0.4, keep, causal)[0], [q, k, v], gradients)
+    check_backward(lambda q, kv: attention.attention(q, kv, 0.4, keep, causal)[0], [q, kv], gradients)
 
 
 @pytest.mark.parametrize("cuts", [(2,), (0, 7), (1, 4)])
 def test_blocks_of_keys_merge_to_attention_of_all(cuts: tuple[int, ...]) -> None:
     """Forward and backward, block by block; some blocks are empty. The scores differ by more than exp can."""
-    q, k, v, dy = 300 * draw(5, 2, 6, 4), draw(7, 2, 3, 4), draw(7, 2, 3, 4, 2)[..., 0], draw(5, 2, 6, 4, 2)[..., 1]
-    keep = (RNG(0).random((2, 6, 5, 7)) < 0.7) / 0.7
-    whole = attention.attention(q, k, v, 1.0, keep, False)
+    q, kv, dy = 300 * draw(5, 2, 6, 4), draw(7, 2, 3, 2, 4), draw(5, 2, 6, 4, 2)[..., 1]
+    keep = replace(attention_mask(5, 2, 6, 0), runs=(slice(0, 7),))
+    whole = attention.attention(q, kv, 1.0, keep, False)
     parts = [slice(a, b) for a, b in zip((0, *cuts), (*cuts, 7), strict=True)]
     o, lse = np.zeros_like(q), np.full((2, 6, 5), -np.inf)  # of no keys
     with np.errstate(all="raise", under="ignore"):
         for part in parts:
-            block = attention.attention(q, k[part], v[part], 1.0, keep[..., part], False)
+            block = attention.attention(q, kv[part], 1.0, replace(keep, runs=(part,)), False)
             o, lse = attention.merge_attention(o, lse, *block)
     for a, b in zip((o, lse), whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-    expected = attention.attention_backward(dy, q, k, v, *whole, 1.0, keep, False)
-    found = [attention.attention_backward(dy, q, k[s], v[s], o, lse, 1.0, keep[..., s], False) for s in parts]
-    dq, dk, dv = sum(f[0] for f in found), *(np.concatenate([f[i] for f in found]) for i in (1, 2))
-    for a, b in zip((dq, dk, dv), expected, strict=True):
+    expected = attention.attention_backward(dy, q, kv, *whole, 1.0, keep, False)
+    found = [attention.attention_backward(dy, q, kv[s], o, lse, 1.0, replace(keep, runs=(s,)), False) for s in parts]
+    dq, dkv = sum(f[0] for f in found), np.concatenate([f[1] for f in found])
+    for a, b in zip((dq, dkv), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * abs(b).max())
 
 
@@ -135,13 +142,12 @@ def test_cross_entropy_backward() -> None:
     logits, targets = 3 * draw(4, 2, 6), np.array([[0, 5], [3, 3], [-1, 2], [1, -1]])
 
     def loss(logits: Array) -> Array:
-        top = reference.row_max(logits)
-        total, chosen = reference.cross_entropy_parts(logits, targets, 0, top)
-        return np.where(targets >= 0, np.log(total) - chosen, 0)
+        top, total, chosen = reference.cross_entropy_parts(logits, targets, 0)
+        return np.where(targets >= 0, top + np.log(total) - chosen, 0)
 
     def gradients(dy: Array) -> tuple[Array, ...]:
         lse = np.logaddexp.reduce(logits, -1)
-        return (reference.cross_entropy_backward(dy * (targets >= 0), logits, targets, 0, lse),)
+        return (reference.cross_entropy_backward(dy * (targets >= 0), logits.copy(), targets, 0, lse),)
 
     check_backward(loss, [logits], gradients)
 
@@ -151,7 +157,9 @@ def test_cross_entropy_backward() -> None:
 
 def test_matmul_is_a_sum_of_products() -> None:
     x, w = draw(3, 2, 7), draw(7, 5)
-    np.testing.assert_allclose(reference.matmul(x, w), np.einsum("sbi,io->sbo", x, w), rtol=1e-13, atol=1e-13)
+    expected = np.einsum("sbi,io->sbo", x, w)
+    np.testing.assert_allclose(reference.matmul(x, w), expected, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(reference.matmul(x, w, w[0]), expected + w[0], rtol=1e-13, atol=1e-13)
     np.testing.assert_allclose(
         reference.matmul_transposed(draw(3, 2, 5), w),
         np.einsum("sbo,io->sbi", draw(3, 2, 5), w),
@@ -204,14 +212,14 @@ def test_rope_is_a_complex_rotation() -> None:
 def test_attention_row_by_row(dropout: bool) -> None:
     s, b, n, k, d = 5, 2, 6, 3, 4
     q, key, v = draw(s, b, n, d), draw(s, b, k, d), draw(d, k, b, s).T
-    keep = (RNG(1).random((b, n, s, s)) < 0.7) / 0.7 if dropout else None
-    o, lse = attention.attention(q, key, v, 0.3, keep)
+    keep = attention_mask(s, b, n, s) if dropout else None
+    o, lse = attention.attention(q, np.stack([key, v], -2), 0.3, keep)
     for t, i, head in np.ndindex(s, b, n):
         group = head // (n // k)
         scores = [0.3 * float(q[t, i, head] @ key[u, i, group]) for u in range(t + 1)]
         weights = np.exp(scores) / np.exp(scores).sum()
         if keep is not None:
-            weights = weights * keep[i, head, t, : t + 1]
+            weights = weights * keep.scaled(np.float64)[i, head, t, : t + 1]
         expected = sum(w * v[u, i, group] for u, w in enumerate(weights))
         np.testing.assert_allclose(o[t, i, head], expected, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(lse[i, head, t], math.log(sum(map(math.exp, scores))), rtol=1e-12, atol=1e-14)
@@ -230,16 +238,18 @@ def test_cross_entropy_of_a_vocabulary_in_parts(cuts: list[int]) -> None:
     """The maximum, then the sums, over any parts of the vocabulary give -log softmax."""
     logits, targets = 3 * draw(4, 2, 6), np.array([[0, 5], [3, 3], [-1, 2], [1, 4]])
     parts = [(a, logits[..., a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    top = np.max([reference.row_max(part) for _, part in parts], 0)
+    sums = [reference.cross_entropy_parts(part, targets, first) for first, part in parts]
+    tops, totals, those = zip(*sums, strict=True)
+    top = np.max(tops, 0)
     np.testing.assert_array_equal(top, logits.max(-1))
-    sums = [reference.cross_entropy_parts(part, targets, first, top) for first, part in parts]
-    total, chosen = (np.sum(each, 0) for each in zip(*sums, strict=True))
+    total = sum(each * np.exp(mine - top) for mine, each in zip(tops, totals, strict=True))
+    chosen = np.where(targets >= 0, sum(those) - top, 0)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for i in np.ndindex(4, 2):
         expected = -math.log(probabilities[i][targets[i]]) if targets[i] >= 0 else math.log(total[i])
         np.testing.assert_allclose(math.log(total[i]) - chosen[i], expected, rtol=1e-12, atol=1e-13)
     scale, lse = draw(4, 2), top + np.log(total)
-    found = [reference.cross_entropy_backward(scale, part, targets, first, lse) for first, part in parts]
+    found = [reference.cross_entropy_backward(scale, part.copy(), targets, first, lse) for first, part in parts]
     one_hot = np.where(targets[..., None] == np.arange(6), 1, 0)
     np.testing.assert_allclose(
         np.concatenate(found, -1), scale[..., None] * (probabilities - one_hot), rtol=1e-12, atol=1e-14

@@ -53,9 +53,9 @@ def overwrite(right: Callable[..., None], grad: Array, x: Array, dy: Array) -> N
     right(grad, x, dy)
 
 
-def without_one_gradient(right: Callable[..., Any], *args: Any) -> tuple[Array, Array, Array]:
-    dq, dk, dv = right(*args)
-    return dq, np.zeros_like(dk), dv
+def without_one_gradient(right: Callable[..., Any], *args: Any) -> tuple[Array, Array]:
+    dq, dkv = right(*args)
+    return dq, dkv * np.array([[0.0], [1.0]])
 
 
 def ignoring_the_mask(patch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,8 @@ def bias_gradient_of_all_positions(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_by_local_position(patch: pytest.MonkeyPatch) -> None:
-    right = random.keep_mask
-    patch.setattr(
-        random, "keep_mask", lambda rate, key, i, *args, **settings: right(rate, key, i - i.min(), *args, **settings)
-    )
+    right = random.DropoutMask
+    patch.setattr(random, "DropoutMask", lambda rate, key, i, *others: right(rate, key, i - i.min(), *others))
 
 
 def first_row_is_zero_everywhere(patch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...random import DropoutMask
 from .. import reference
+from ..threads import share
 from .jit import exp, jit
-from .threads import share
+from .random import draw, room, rows_of
 
 Floats = NDArray[np.floating]
 
@@ -57,21 +59,21 @@ def _pairs(x: Floats) -> Floats:
     return rows
 
 
-def dropout(x: Floats, keep: NDArray[np.bool_], rate: float) -> Floats:
+def dropout(x: Floats, mask: DropoutMask) -> Floats:
     """See ``reference.dropout``."""
     y = np.empty(x.shape, x.dtype)
-    source, mask, target = _flat(x), np.ascontiguousarray(keep).reshape(-1), y.reshape(-1)
-    factor = x.dtype.type(1 / (1 - rate))
-    share(x.size, x.size, lambda a, b: _dropout(source[a:b], mask[a:b], factor, target[a:b]))
+    source, target = reference.rows(np.ascontiguousarray(x)), reference.rows(y)
+    drawn = rows_of(mask, x.dtype)
+    share(len(target), y.size, lambda a, b: _dropout(source[a:b], target[a:b], drawn, a))
     return y
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> Floats:
     """See ``reference.rope``."""
     y = np.empty(x.shape, x.dtype)
-    s, b, n, d = x.shape
+    (s, b, n, d), half = x.shape, cos.shape[-1]
     source, target = np.ascontiguousarray(x).reshape(s, b * n, d), y.reshape(s, b * n, d)
-    c, z = np.ascontiguousarray(cos).reshape(s, d // 2), np.ascontiguousarray(sin).reshape(s, d // 2)
+    c, z = np.ascontiguousarray(cos).reshape(s, half), np.ascontiguousarray(sin).reshape(s, half)
     share(s, x.size, lambda i, j: _rope(source[i:j], c[i:j], z[i:j], target[i:j]))
     return y
 
@@ -121,10 +123,13 @@ def _swiglu_backward(dy: Floats, x: Floats, dx: Floats) -> None:
 
 
 @jit
-def _dropout(x: Floats, keep: NDArray[np.bool_], factor: Any, y: Floats) -> None:
-    zero = x.dtype.type(0)
-    for i in range(x.size):
-        y[i] = x[i] * (factor if keep[i] else zero)
+def _dropout(x: Floats, y: Floats, drawn: Any, first: int) -> None:
+    words = room()
+    for r in range(x.shape[0]):
+        source, target = x[r], y[r]
+        draw(target, drawn, first + r, words)
+        for i in range(target.size):
+            target[i] *= source[i]
 
 
 @jit
@@ -133,7 +138,10 @@ def _rope(x: Floats, cos: Floats, sin: Floats, y: Floats) -> None:
     for s in range(x.shape[0]):
         c, z = cos[s], sin[s]
         for r in range(x.shape[1]):
-            a, b, first, second = x[s, r, :half], x[s, r, half:], y[s, r, :half], y[s, r, half:]
+            a, b, rest = x[s, r, :half], x[s, r, half : 2 * half], x[s, r, 2 * half :]
+            first, second, others = y[s, r, :half], y[s, r, half : 2 * half], y[s, r, 2 * half :]
             for i in range(half):
                 first[i] = a[i] * c[i] - b[i] * z[i]
                 second[i] = b[i] * c[i] + a[i] * z[i]
+            for i in range(rest.size):
+                others[i] = rest[i]

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...random import DropoutMask
 from .. import attention as specification
 from .. import blas
-from .gemm import NO, T, gemm_at, single
+from ..threads import share
+from .gemm import NO, T, gemm_at
 from .jit import FAST, exp, inline, jit, largest
-from .threads import share
+from .random import draw, room, rows_of
 
 Floats = NDArray[np.floating]
 
@@ -23,56 +25,53 @@ _ROWS = 64  # queries of a block: more read the keys less often, fewer compute l
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, scale: float, keep: Floats | None = None, causal: bool = True
+    q: Floats, kv: Floats, scale: float, mask: DropoutMask | None = None, causal: bool = True
 ) -> tuple[Floats, Floats]:
     """See ``attention.attention``."""
     gemm = blas.address(q.dtype)
-    if gemm is None or not q.size or not k.size:
-        return specification.attention(q, k, v, scale, keep, causal)
-    (s, b, n, _), (t, _, groups, _) = q.shape, k.shape
-    q, k, v = map(_strided, (q, k, v))
+    if gemm is None or not q.size or not kv.size:
+        return specification.attention(q, kv, scale, mask, causal)
+    (s, b, n, _), (t, _, groups, *_) = q.shape, kv.shape
+    q, k, v = map(_strided, (q, kv[..., 0, :], kv[..., 1, :]))
     o, lse = np.empty(q.shape, q.dtype), np.empty((b, n, s), q.dtype)
     places = np.array([_place(x) for x in (q, k, v, o)])
-    mask, factor = _mask(keep, q), q.dtype.type(scale)
+    drawn, factor = rows_of(mask, q.dtype), q.dtype.type(scale)
 
     def work(first: int, last: int) -> None:
         scores = np.empty((_ROWS, t), q.dtype)
-        _attention(o, lse, scores, mask, places, factor, causal, gemm, groups, first, last)
+        _attention(o, lse, scores, drawn, places, factor, causal, gemm, groups, first, last)
 
-    with single():
-        share(b * groups, s * b * n * t, work)
+    share(b * groups, s * b * n * t, work)
     return o, lse
 
 
 def attention_backward(
     do: Floats,
     q: Floats,
-    k: Floats,
-    v: Floats,
+    kv: Floats,
     o: Floats,
     lse: Floats,
     scale: float,
-    keep: Floats | None = None,
+    mask: DropoutMask | None = None,
     causal: bool = True,
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Floats, Floats]:
     """See ``attention.attention_backward``."""
     gemm = blas.address(q.dtype)
-    if gemm is None or not q.size or not k.size:
-        return specification.attention_backward(do, q, k, v, o, lse, scale, keep, causal)
-    (s, b, n, _), (t, _, groups, _) = q.shape, k.shape
-    q, k, v = map(_strided, (q, k, v))
+    if gemm is None or not q.size or not kv.size:
+        return specification.attention_backward(do, q, kv, o, lse, scale, mask, causal)
+    (s, b, n, _), (t, _, groups, *_) = q.shape, kv.shape
+    q, k, v = map(_strided, (q, kv[..., 0, :], kv[..., 1, :]))
     do, o, lse = (np.ascontiguousarray(x, q.dtype) for x in (do, o, lse))
-    dq, dk, dv = np.empty(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(k.shape, q.dtype)
-    places = np.array([_place(x) for x in (q, k, v, do, dq, dk, dv)])
-    mask, factor = _mask(keep, q), q.dtype.type(scale)
+    dq, dkv = np.empty(q.shape, q.dtype), np.empty(kv.shape, q.dtype)
+    places = np.array([_place(x) for x in (q, k, v, do, dq, dkv[..., 0, :], dkv[..., 1, :])])
+    drawn, factor = rows_of(mask, q.dtype), q.dtype.type(scale)
 
     def work(first: int, last: int) -> None:
         p, ds = np.empty((2, _ROWS, t), q.dtype)
-        _attention_backward(do, o, lse, p, ds, mask, places, factor, causal, gemm, groups, first, last)
+        _attention_backward(do, o, lse, p, ds, drawn, places, factor, causal, gemm, groups, first, last)
 
-    with single():
-        share(b * groups, s * b * n * t, work)
-    return dq, dk, dv
+    share(b * groups, s * b * n * t, work)
+    return dq, dkv
 
 
 def merge_attention(o1: Floats, lse1: Floats, o2: Floats, lse2: Floats) -> tuple[Floats, Floats]:
@@ -101,10 +100,6 @@ def _place(x: Floats) -> tuple[int, ...]:
     return x.ctypes.data, step, *x.strides[1:3], step // x.itemsize
 
 
-def _mask(keep: Floats | None, like: Floats) -> Floats:
-    return np.empty((0, 0, 0, 0), like.dtype) if keep is None else np.ascontiguousarray(keep, like.dtype)
-
-
 @inline(FAST)
 def _at(place: Any, position: int, sample: int, head: int) -> Any:
     """The address of a head's row."""
@@ -113,7 +108,7 @@ def _at(place: Any, position: int, sample: int, head: int) -> Any:
 
 @jit
 def _attention(
-    o: Floats, lse: Floats, scores: Floats, keep: Floats, places: Any, scale: Any, causal: bool, gemm: int,
+    o: Floats, lse: Floats, scores: Floats, drawn: Any, places: Any, scale: Any, causal: bool, gemm: int,
     groups: int, first: int, last: int,
 ) -> None:  # fmt: skip
     real = o.dtype.type
@@ -121,6 +116,7 @@ def _attention(
     s, n, d, t = o.shape[0], o.shape[2], o.shape[3], scores.shape[1]
     q, k, v, out = places[0], places[1], places[2], places[3]
     heads, sums = n // groups, np.empty(_ROWS, o.dtype)
+    dropped, words, keep = len(drawn[0]) > 0, room(), np.empty(t, o.dtype)
     for pair in range(first, last):
         i, g = pair // groups, pair % groups
         for h in range(g * heads, (g + 1) * heads):
@@ -140,10 +136,10 @@ def _attention(
                     for j in range(rest.size):
                         rest[j] = zero
                     lse[i, h, a + r] = top + np.log(total)
-                    if keep.size:
-                        mask = keep[i, h, a + r]
+                    if dropped:
+                        draw(keep[:seen], drawn, (i * n + h) * s + a + r, words)
                         for j in range(row.size):
-                            row[j] *= mask[j]
+                            row[j] *= keep[j]
                     sums[r] = one / total
                 gemm_at(gemm, NO, NO, rows, d, width, one, scores.ctypes.data, t, _at(v, 0, i, g), v[4], zero,
                         _at(out, a, i, h), out[4])  # fmt: skip
@@ -155,7 +151,7 @@ def _attention(
 
 @jit
 def _attention_backward(
-    do: Floats, o: Floats, lse: Floats, p: Floats, ds: Floats, keep: Floats, places: Any, scale: Any, causal: bool,
+    do: Floats, o: Floats, lse: Floats, p: Floats, ds: Floats, drawn: Any, places: Any, scale: Any, causal: bool,
     gemm: int, groups: int, first: int, last: int,
 ) -> None:  # fmt: skip
     real = o.dtype.type
@@ -163,11 +159,14 @@ def _attention_backward(
     s, n, d, t = o.shape[0], o.shape[2], o.shape[3], p.shape[1]
     q, k, v, dout, dq, dk, dv = places[0], places[1], places[2], places[3], places[4], places[5], places[6]
     heads, scores, dscores = n // groups, p.ctypes.data, ds.ctypes.data
+    dropped, words, keep = len(drawn[0]) > 0, room(), np.empty(t, o.dtype)
     for pair in range(first, last):
         i, g = pair // groups, pair % groups
         keys, values, dkeys, dvalues = _at(k, 0, i, g), _at(v, 0, i, g), _at(dk, 0, i, g), _at(dv, 0, i, g)
+        old = zero  # what is there counts once the first head's last queries, which see all keys, have been there
         for h in range(g * heads, (g + 1) * heads):
-            for a in range(0, s, _ROWS):
+            for block in range((s - 1) // _ROWS, -1, -1):
+                a = block * _ROWS
                 rows = min(_ROWS, s - a)
                 width = a + rows if causal else t
                 queries, given = _at(q, a, i, h), _at(dout, a, i, h)
@@ -180,12 +179,12 @@ def _attention_backward(
                     mean = zero
                     for j in range(d):
                         mean += x[j] * y[j]
-                    if keep.size:
-                        mask = keep[i, h, a + r]
+                    if dropped:
+                        draw(keep[:seen], drawn, (i * n + h) * s + a + r, words)
                         for j in range(seen):
                             weight = exp(row[j] - top)
-                            drow[j] = scale * weight * (drow[j] * mask[j] - mean)
-                            row[j] = weight * mask[j]
+                            drow[j] = scale * weight * (drow[j] * keep[j] - mean)
+                            row[j] = weight * keep[j]
                     else:
                         for j in range(seen):
                             weight = exp(row[j] - top)
@@ -193,8 +192,9 @@ def _attention_backward(
                             row[j] = weight
                     for j in range(seen, width):
                         row[j], drow[j] = zero, zero
-                gemm_at(gemm, T, NO, width, d, rows, one, scores, t, given, dout[4], one, dvalues, dv[4])
-                gemm_at(gemm, T, NO, width, d, rows, one, dscores, t, queries, q[4], one, dkeys, dk[4])
+                gemm_at(gemm, T, NO, width, d, rows, one, scores, t, given, dout[4], old, dvalues, dv[4])
+                gemm_at(gemm, T, NO, width, d, rows, one, dscores, t, queries, q[4], old, dkeys, dk[4])
+                old = one
                 gemm_at(gemm, NO, NO, rows, d, width, one, dscores, t, keys, k[4], zero, _at(dq, a, i, h), dq[4])
 
 

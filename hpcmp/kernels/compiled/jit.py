@@ -1,7 +1,7 @@
 """What the loops are compiled with, and the exponential function that vectorises.
 
-Numba compiles a loop anew when the file that it stands in has changed. What of this file or ``gemm`` is part of a loop
-it does not watch: after a change here, delete ``__pycache__`` beside it.
+Numba compiles a loop anew when the file that it stands in has changed. What of this file, ``gemm`` or ``random`` is
+part of a loop it does not watch: after a change there, delete ``__pycache__`` beside it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import reference
-from .jit import exp, jit
-from .threads import share
+from ..threads import share
+from .jit import exp, jit, largest
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.int64]
@@ -18,24 +18,26 @@ def _columns(ids: NDArray[np.integer], first: int) -> Integers:
     return np.ascontiguousarray(ids, np.int64).reshape(-1) - first
 
 
-def cross_entropy_parts(logits: Floats, targets: NDArray[np.integer], first: int, top: Floats) -> tuple[Floats, Floats]:
-    """See ``reference.cross_entropy_parts``."""
-    total, chosen = np.empty((2, *targets.shape), logits.dtype)
-    x, column, m = reference.rows(np.ascontiguousarray(logits)), _columns(targets, first), _column(top, logits)
-    t, c = total.reshape(-1), chosen.reshape(-1)
-    share(len(x), x.size, lambda a, b: _cross_entropy_parts(x[a:b], column[a:b], m[a:b], t[a:b], c[a:b]))
-    return total, chosen
+def cross_entropy_parts(logits: Floats, targets: NDArray[np.integer], first: int) -> tuple[Floats, Floats, Floats]:
+    """See ``reference.cross_entropy_parts``; a row's second pass, for the sum, finds it in the cache."""
+    if not logits.shape[-1]:
+        return reference.cross_entropy_parts(logits, targets, first)
+    parts = np.empty((3, *targets.shape), logits.dtype)
+    x, column, flat = reference.rows(np.ascontiguousarray(logits)), _columns(targets, first), parts.reshape(3, -1)
+    share(len(x), x.size, lambda a, b: _cross_entropy_parts(x[a:b], column[a:b], *flat[:, a:b]))
+    return parts[0], parts[1], parts[2]
 
 
 def cross_entropy_backward(
     scale: Floats, logits: Floats, targets: NDArray[np.integer], first: int, lse: Floats
 ) -> Floats:
     """See ``reference.cross_entropy_backward``."""
-    dx = np.empty(logits.shape, logits.dtype)
-    x, column, out = reference.rows(np.ascontiguousarray(logits)), _columns(targets, first), reference.rows(dx)
-    s, m = _column(scale, logits), _column(lse, logits)
-    share(len(x), x.size, lambda a, b: _cross_entropy_backward(x[a:b], column[a:b], s[a:b], m[a:b], out[a:b]))
-    return dx
+    if not logits.flags.c_contiguous:
+        found: Floats = reference.cross_entropy_backward(scale, logits, targets, first, lse)
+        return found
+    x, column, s, m = reference.rows(logits), _columns(targets, first), _column(scale, logits), _column(lse, logits)
+    share(len(x), x.size, lambda a, b: _cross_entropy_backward(x[a:b], column[a:b], s[a:b], m[a:b]))
+    return logits
 
 
 def _column(x: Floats, like: Floats) -> Floats:
@@ -54,22 +56,23 @@ def embedding_backward_weight(grad: Floats, ids: NDArray[np.integer], first: int
 def _cross_entropy_parts(x: Floats, column: Integers, top: Floats, total: Floats, chosen: Floats) -> None:
     zero = x.dtype.type(0)
     for r in range(x.shape[0]):
-        row, m = x[r], top[r]
-        s = zero
+        row = x[r]
+        m, s = largest(row), zero
+        shift = zero if m == -np.inf else m
         for i in range(row.size):
-            s += exp(row[i] - m)
-        total[r] = s
-        chosen[r] = row[column[r]] - m if 0 <= column[r] < row.size else zero
+            s += exp(row[i] - shift)
+        top[r], total[r] = m, s
+        chosen[r] = row[column[r]] if 0 <= column[r] < row.size else zero
 
 
 @jit
-def _cross_entropy_backward(x: Floats, column: Integers, scale: Floats, lse: Floats, dx: Floats) -> None:
+def _cross_entropy_backward(x: Floats, column: Integers, scale: Floats, lse: Floats) -> None:
     for r in range(x.shape[0]):
-        row, out, m, factor = x[r], dx[r], lse[r], scale[r]
+        row, m, factor = x[r], lse[r], scale[r]
         for i in range(row.size):
-            out[i] = factor * exp(row[i] - m)
+            row[i] = factor * exp(row[i] - m)
         if 0 <= column[r] < row.size:
-            out[column[r]] -= factor
+            row[column[r]] -= factor
 
 
 @jit

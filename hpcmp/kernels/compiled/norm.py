@@ -1,4 +1,4 @@
-"""Norms: a row is read from memory once, and from the first-level cache after that."""
+"""Norms, of which a row is read from memory once, and from the first-level cache after that; gradients of biases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import reference
+from ..threads import share
 from .jit import jit
-from .threads import share
 
 Floats = NDArray[np.floating]
 
@@ -108,6 +108,14 @@ def rms_norm_backward_weight(dy: Floats, x: Floats, rstd: Floats) -> Floats:
     return found
 
 
+def add_rows(grad: Floats, dy: Floats) -> None:
+    """See ``reference.add_rows``."""
+    given = _rows(dy)
+    parts = np.zeros((-(-len(given) // _PIECE), grad.size), given.dtype)
+    share(len(parts), dy.size, lambda a, b: _add_rows(given[a * _PIECE : b * _PIECE], parts[a:b]))
+    grad += parts.sum(0, dtype=grad.dtype)
+
+
 @jit
 def _layer_norm(x: Floats, w: Floats, bias: Floats, epsilon: Any, y: Floats, mean: Floats, rstd: Floats) -> None:
     real = x.dtype.type
@@ -152,6 +160,20 @@ def _layer_norm_backward_weight(dy: Floats, x: Floats, mean: Floats, rstd: Float
         for i in range(row.size):
             weight[i] += g[i] * (row[i] - centre) * scale
             bias[i] += g[i]
+
+
+@jit
+def _add_rows(dy: Floats, total: Floats) -> None:
+    for p in range(total.shape[0]):
+        rows, out = dy[p * _PIECE : (p + 1) * _PIECE], total[p]
+        for r in range(0, rows.shape[0] - 3, 4):
+            a, b, c, d = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+            for i in range(out.size):
+                out[i] += (a[i] + b[i]) + (c[i] + d[i])
+        for r in range(rows.shape[0] // 4 * 4, rows.shape[0]):
+            row = rows[r]
+            for i in range(out.size):
+                out[i] += row[i]
 
 
 @jit
