@@ -1,24 +1,29 @@
-"""How much of the gradients' sums is under way, or done, while the backward still runs: a timeline of one step.
+"""How much of the gradients' sums is hidden under the backward, in shared memory and by MPI; a timeline of one step.
 
     mpirun -n 2 python benchmarks/overlap.py                              # the text of docs/node.md
-    mpirun -n 2 python benchmarks/overlap.py --shared-memory no --plot timeline.png
+    mpirun -n 2 python benchmarks/overlap.py --plot timeline.png
 
 A sum begins when the last gradient of its bucket is there. It ends in the call that finds it there, ``test`` (after
 every layer) or ``wait`` (after the backward), since nothing moves outside calls. What a rank spends in these
-calls is its own work (copies, additions) and waiting for others.
+calls is its own work (copies, additions) and waiting for others. ``alone`` is what the same sums take with nothing
+under them, all started and then waited for; what is exposed is the time from the end of the backward until the last sum
+is there. Steps with and without shared memory alternate; figures are medians, the timeline is that of the median step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,11 +45,6 @@ class Sum:
     def within(self, until: float) -> float:
         """Seconds in calls before ``until``."""
         return sum(max(0.0, min(b, until) - a) for a, b in self.calls)
-
-    @property
-    def busy(self) -> float:
-        """Seconds in calls."""
-        return self.within(float("inf"))
 
 
 @contextlib.contextmanager
@@ -84,53 +84,93 @@ def config_of(size: Size, ranks: int, shared_memory: str) -> Config:
     return with_layout(Config.from_dict(tables), f"dp={ranks}").resolved(ranks=ranks, vocabulary=size.vocabulary)
 
 
+@dataclass
+class Step:
+    """One step: when its backward ran, its sums, and the seconds of the same sums alone."""
+
+    start: float
+    end: float
+    sums: list[Sum]
+    alone: float
+
+    @property
+    def exposed(self) -> float:
+        """Seconds from the end of the backward until the last sum is there."""
+        return max(0.0, max(s.end for s in self.sums) - self.end)
+
+    @property
+    def early(self) -> float:
+        """Seconds in calls for the sums within the backward."""
+        return sum(s.within(self.end) for s in self.sums)
+
+
+def run(engine: Engine, size: Size, i: int, barrier: Callable[[], None]) -> Step:
+    """Step i; collective."""
+    share = engine.share
+    sums: list[Sum] = []
+    engine.pipeline.trace = []
+    inputs, targets = size.batch_of(i)
+    groups = {id(b.copies): b.copies for b in engine.buckets.buckets}
+    barrier()
+    with contextlib.ExitStack() as stack:
+        for group in groups.values():
+            stack.enter_context(recorded(group, sums))
+        engine.step(i, inputs[:, share], targets[:, share], np.arange(share.start, share.stop))
+    backward = next(e for e in engine.pipeline.trace if e.action.kind == "B")
+    barrier()
+    begin = perf_counter()
+    for pending in [b.copies.all_reduce(b.grad, out=b.grad) for b in engine.buckets.buckets]:
+        pending.wait()
+    alone = perf_counter() - begin
+    return Step(
+        backward.start, backward.end, [s for s in sums if s.nbytes > 64], alone
+    )  # not the norm's and the loss's
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the timeline of the first rank, or draw it."""
+    """Print the figures and the timeline of the first rank, and draw it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="S")
-    parser.add_argument("--shared-memory", choices=("auto", "yes", "no"), default="auto")
-    parser.add_argument("--plot", metavar="FILE", help="draw it (needs matplotlib)")
+    parser.add_argument("--steps", type=int, default=11, help="of each kind, after two to warm up")
+    parser.add_argument("--plot", metavar="FILE", help="draw the timeline (needs matplotlib)")
     args = parser.parse_args(argv)
 
     from hpcmp.comm.detect import start_mpi
 
     world = start_mpi().COMM_WORLD
     size, here = SIZES[args.size], machine()
-    config = config_of(size, world.size, args.shared_memory)
-    with mesh_for(config, world) as mesh:
-        engine = Engine(config, mesh)
-        share = engine.share
-        steps = []
-        for step in range(7):
-            sums: list[Sum] = []
-            engine.pipeline.trace = []
-            inputs, targets = size.batch_of(step)
-            world.Barrier()
-            groups = {id(b.copies): b.copies for b in engine.buckets.buckets}
-            with contextlib.ExitStack() as stack:
-                for group in groups.values():
-                    stack.enter_context(recorded(group, sums))
-                engine.step(step, inputs[:, share], targets[:, share], _samples(share))
-            backward = next(e for e in engine.pipeline.trace if e.action.kind == "B")
-            sums = [s for s in sums if s.nbytes > 64]  # not the norm's and the loss's
-            steps.append((exposed(sums, backward.end), backward, sums))
-        _, backward, sums = sorted(steps[2:], key=lambda s: s[0])[2]  # the median of five, after two to warm up
-    if world.rank == 0:
-        print(f"{world.size} ranks; {here['cpu']}, {here['cores']} cores; load {here['load'][0]:.1f}; size {args.size}")
-        print("\n".join(timeline(sums, backward.start, backward.end)))
-        if args.plot:
-            draw(sums, backward.start, backward.end, args.plot)
+    kinds = {"shared memory": "auto", "MPI": "no"}
+    with contextlib.ExitStack() as stack:
+        engines, steps = {}, {name: [] for name in kinds}  # type: tuple[dict[str, Engine], dict[str, list[Step]]]
+        for name, choice in kinds.items():
+            config = config_of(size, world.size, choice)
+            engines[name] = Engine(config, stack.enter_context(mesh_for(config, world)))
+        for i in range(args.steps + 2):
+            for name in reversed(kinds) if i % 2 else kinds:
+                steps[name].append(run(engines[name], size, i, world.Barrier))
+    if world.rank:
+        return
+    print(f"{world.size} ranks; {here['cpu']}, {here['cores']} cores; load {here['load'][0]:.1f}; size {args.size}")
+    for name, found in steps.items():
+        print(f"{name:>13}: {summary(found[2:])}")
+    held = sorted(steps["shared memory"][2:], key=lambda s: s.exposed)
+    middle = held[len(held) // 2]
+    print("\n".join(timeline(middle.sums, middle.start, middle.end)))
+    if args.plot:
+        draw(middle.sums, middle.start, middle.end, args.plot)
 
 
-def _samples(share: slice) -> Any:
-    import numpy as np
+def summary(steps: list[Step]) -> str:
+    """Medians over steps, in ms."""
 
-    return np.arange(share.start, share.stop)
+    def median(of: Callable[[Step], float]) -> float:
+        return statistics.median(map(of, steps))
 
-
-def exposed(sums: list[Sum], end: float) -> float:
-    """Seconds from the end of the backward until the last sum is there."""
-    return max(0.0, max(s.end for s in sums) - end)
+    alone, exposed, early = median(lambda s: s.alone), median(lambda s: s.exposed), median(lambda s: s.early)
+    return (
+        f"sums alone {1e3 * alone:.1f} ms; exposed {1e3 * exposed:.1f} ms, hidden {max(0.0, 1 - exposed / alone):.0%}; "
+        f"calls within the backward {1e3 * early:.1f} of {1e3 * median(lambda s: s.end - s.start):.1f} ms"
+    )
 
 
 def timeline(sums: list[Sum], start: float, end: float, width: int = 72) -> list[str]:
@@ -149,14 +189,8 @@ def timeline(sums: list[Sum], start: float, end: float, width: int = 72) -> list
             if b - a > 0.2 / scale:
                 row[at(a) : at(b) + 1] = "#" * (at(b) + 1 - at(a))
         lines.append(f"{s.nbytes / 2**20:6.2f} MiB |" + "".join(row).rstrip())
-    total = sum(s.nbytes for s in sums)
-    done = sum(s.nbytes for s in sums if s.end <= end)
-    busy, early = sum(s.busy for s in sums), sum(s.within(end) for s in sums)
-    lines += [
-        f"backward {1e3 * (end - start):.1f} ms; the last sum is there {1e3 * exposed(sums, end):.1f} ms after it",
-        f"there before its end: {done / total:.0%} of {total / 2**20:.1f} MiB",
-        f"in calls: {1e3 * busy:.1f} ms, of which {1e3 * early:.1f} ms within the backward",
-    ]
+    total, done = sum(s.nbytes for s in sums), sum(s.nbytes for s in sums if s.end <= end)
+    lines.append(f"there before its end: {done / total:.0%} of {total / 2**20:.1f} MiB")
     return lines
 
 

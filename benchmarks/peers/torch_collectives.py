@@ -25,6 +25,7 @@ def main(rank: int, size: int, file: str) -> None:
             "all_reduce": lambda x=whole: dist.all_reduce(x),
             "reduce_scatter": lambda x=whole, y=part: dist.reduce_scatter_tensor(y, x),
             "all_gather": lambda x=whole, y=part: dist.all_gather_into_tensor(x, y),
+            "broadcast": lambda x=whole: dist.broadcast(x, 0),
         }[operation]
         try:
             call()

@@ -48,7 +48,7 @@ class Pending:
             while DRIVERS and not request.Test():
                 for drive in tuple(DRIVERS):
                     drive()
-                _give_way(tries := tries + 1)
+                give_way(tries := tries + 1)
             request.Wait()
         if self.finish is not None:
             self.result = self.finish(self.result)
@@ -65,7 +65,7 @@ class Pending:
             _ABANDONED.append((self.requests, self.result, self.keep))
 
 
-def _give_way(tries: int) -> None:
+def give_way(tries: int) -> None:
     """Between two looks at what is not there: let another process have the core, and sleep after a few milliseconds in
     which that was for nothing."""
     if tries < 1000:

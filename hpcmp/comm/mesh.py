@@ -54,7 +54,8 @@ class Mesh:
     host copies of device arrays instead of device pointers. hierarchical: whether MPI's large sums go through a node's
     ranks first (``hierarchical.py``): "auto" where several of a node's ranks are in a group of several nodes.
     shared_memory: whether ranks of one node exchange host arrays through memory that they share (``window.py``), of
-    which each has ``window_mb`` MiB in each group: "auto" large ones, where there is a core for every rank; "yes" all.
+    which each has ``window_mb`` MiB in each group: "auto" where that is faster than MPI and there is a core for every
+    rank; "yes" always.
     Raises InputError for sizes that do not fit the ranks or one another.
     """
 
@@ -79,7 +80,7 @@ class Mesh:
         topology: Topology | None = None,
         hierarchical: Literal["auto", "yes", "no"] = "auto",
         shared_memory: Literal["auto", "yes", "no"] = "auto",
-        window_mb: float = 4,
+        window_mb: float = 6,
     ) -> None:
         self.shape = {"dp": dp, "pp": pp, "cp": cp, "tp_z": tp_z, "tp_y": tp_y, "tp": tp}
         self.size = math.prod(self.shape.values())
@@ -227,12 +228,11 @@ class Mesh:
         """What makes the communicator of a group within a node, where that is not an MpiCommunicator."""
         if self.comm is None or self.size == 1 or self.nccl or self.device != "cpu" or choice == "no":
             return None
-        from .window import LEAST, cores_for_all, shared
+        from .window import EVERY, SIZES, cores_for_all, shared
 
         if choice == "auto" and not cores_for_all(self.topology.nodes, self.comm):
             return None
-        least = LEAST if choice == "auto" else dict.fromkeys(LEAST, 0)
-        return partial(shared, size=size, least=least, staged=self.staged)
+        return partial(shared, size=size, sizes=SIZES if choice == "auto" else EVERY, staged=self.staged)
 
 
 #: The ways to cut dp x cp x tp_z: a group along some of these axes is along axes of one of the cuts.

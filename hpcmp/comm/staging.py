@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import DRIVERS
+from .base import DRIVERS, give_way
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 LINE = 64  # bytes of a cache line
 HEADER = 4096  # bytes before a rank's slots: its counters
-PUT, REDUCED, TAKEN = 0, LINE // 8, 2 * LINE // 8  # where they are, in units of 8 bytes
+PUT, REDUCED, TAKEN = range(3)  # a rank's steps of a piece
+_COUNTERS = [step * LINE // 8 for step in range(3)]  # where a rank's counters of them are, in units of 8 bytes
 
 Slots = list[NDArray[Any]]
 Step = Callable[[Slots, int], None]  # of one slot of every rank, and the number of the piece within its message
@@ -54,7 +55,8 @@ class Transfer:
         reduce: Step | None = None,
         take: Step | None = None,
     ) -> None:
-        self.staging, self.dtype, self.left = staging, np.dtype(dtype), pieces
+        self.staging, self.left = staging, pieces
+        self.views = staging.views(dtype)
         self.steps = put, reduce, take
         staging.begin(self, pieces)
 
@@ -74,7 +76,7 @@ class Staging:
     def __init__(self, comm: MPI.Intracomm, slot: int, slots: int) -> None:
         from mpi4py import MPI
 
-        self.comm, self.rank = comm, comm.rank
+        self.rank = comm.rank
         self.slot, self.slots = slot, slots
         self.window = MPI.Win.Allocate_shared(HEADER + slot * slots, 1, comm=comm)
         self.window.Lock_all(MPI.MODE_NOCHECK)
@@ -82,11 +84,14 @@ class Staging:
         memory = [memoryview(each).cast("B") for each in queried]
         self._counters = [m[:HEADER].cast("q") for m in memory]
         self._memory = [np.frombuffer(m, np.uint8, offset=HEADER) for m in memory]
-        self._slots: dict[np.dtype[Any], list[Slots]] = {}
-        for at in (PUT, REDUCED, TAKEN):
-            self._counters[self.rank][at] = 0
+        self._views: dict[np.dtype[Any], list[Slots]] = {}
+        self._mine = self._counters[self.rank]
+        for at in _COUNTERS:
+            self._mine[at] = 0
         self._done = [0, 0, 0]  # how many pieces this rank has put, reduced and taken
-        self._seen = {PUT: 0, REDUCED: 0, TAKEN: 0}  # how many all ranks had, when it last looked
+        self._seen = [0, 0, 0]  # how many all ranks had, when it last looked
+        self._idle = 0  # looks in vain since the last step
+        self._progress = MPI.COMM_SELF.Iprobe  # one that finds a message, as on comm it might, makes no progress
         self._queues: list[deque[tuple[Transfer, int]]] = [deque(), deque(), deque()]
         self.window.Sync()
         comm.Barrier()
@@ -97,70 +102,73 @@ class Staging:
             return
         if not any(self._queues):
             DRIVERS.append(self.advance)
-        self._queues[0].extend((transfer, i) for i in range(pieces))
+        self._queues[0].extend([(transfer, i) for i in range(pieces)])
         self.advance()
 
     def advance(self) -> None:
         """Take every step whose turn has come: those first that free slots. Where there is none, let MPI progress: a
-        message of another kind may be what another rank waits for."""
-        moved = False
-        while self._take() or self._reduce() or self._put():
-            moved = True
+        message of another kind may be what another rank waits for. That costs more than a look, and at first is done at
+        every eighth."""
+        moved, step = False, TAKEN
+        while step >= PUT:
+            if self._queues[step] and self._may(step):
+                self._take_step(step)
+                moved, step = True, TAKEN
+            else:
+                step -= 1
         if not any(self._queues):
             if self.advance in DRIVERS:
                 DRIVERS.remove(self.advance)
-        elif not moved:
-            self.comm.Iprobe()
+        self._idle = 0 if moved else self._idle + 1
+        if self._idle % 8 == 7 or self._idle > 1000:
+            self._progress()
 
     def close(self) -> None:
-        """Free the memory; collective."""
-        self._counters, self._memory, self._slots = [], [], {}
+        """Free the memory, when messages that nobody waited for are through; collective."""
+        while any(self._queues):
+            for drive in tuple(DRIVERS):
+                drive()
+            give_way(self._idle)
+        self._mine, self._counters, self._memory, self._views = memoryview(b""), [], [], {}
         self.window.Unlock_all()
         self.window.Free()
 
-    def _put(self) -> bool:
-        queue, turn = self._queues[0], self._done[0]
-        return bool(queue) and self._passed(TAKEN, turn - self.slots) and self._step(0, PUT)
-
-    def _reduce(self) -> bool:
-        queue, turn = self._queues[1], self._done[1]
-        return bool(queue) and (queue[0][0].steps[1] is None or self._passed(PUT, turn)) and self._step(1, REDUCED)
-
-    def _take(self) -> bool:
-        queue, turn = self._queues[2], self._done[2]
-        if not queue or not (queue[0][0].steps[2] is None or self._passed(REDUCED, turn)):
-            return False
-        transfer = queue[0][0]
-        self._step(2, TAKEN)
-        transfer.left -= 1
-        return True
-
-    def _step(self, number: int, counter: int) -> bool:
-        transfer, piece = self._queues[number].popleft()
-        step, turn = transfer.steps[number], self._done[number]
-        if step is not None:
-            step(self._views(transfer.dtype)[turn % self.slots], piece)
-        self.window.Sync()
-        self._done[number] = self._counters[self.rank][counter] = turn + 1
-        if number < 2:
-            self._queues[number + 1].append((transfer, piece))
-        return True
-
-    def _passed(self, counter: int, turn: int) -> bool:
-        """Whether every rank's counter is beyond piece ``turn``."""
-        if self._seen[counter] <= turn:
-            self._seen[counter] = min(counters[counter] for counters in self._counters)
-            if self._seen[counter] <= turn:
+    def _may(self, step: int) -> bool:
+        """Whether the next piece of a step may take it: put, if all have taken what its slot held; reduce, if all have
+        put it; take, if all have reduced it."""
+        if step != PUT and self._queues[step][0][0].steps[step] is None:
+            return True
+        before = (step - 1) % 3
+        turn = self._done[step] - (self.slots if step == PUT else 0)
+        if self._seen[before] <= turn:
+            counter = _COUNTERS[before]
+            self._seen[before] = min([counters[counter] for counters in self._counters])
+            if self._seen[before] <= turn:
                 return False
             self.window.Sync()
         return True
 
-    def _views(self, dtype: np.dtype[Any]) -> list[Slots]:
+    def _take_step(self, step: int) -> None:
+        transfer, piece = self._queues[step].popleft()
+        work, turn = transfer.steps[step], self._done[step]
+        if work is not None:
+            work(transfer.views[turn % self.slots], piece)
+        self.window.Sync()
+        self._done[step] = self._mine[_COUNTERS[step]] = turn + 1
+        if step == TAKEN:
+            transfer.left -= 1
+            return
+        if step == PUT and transfer.steps[REDUCED] is None and not self._queues[REDUCED]:  # it needs no turn of its own
+            self._done[REDUCED] = self._mine[_COUNTERS[REDUCED]] = turn + 1
+            step = REDUCED
+        self._queues[step + 1].append((transfer, piece))
+
+    def views(self, dtype: np.dtype[Any]) -> list[Slots]:
         """Of every slot the arrays of all ranks."""
-        if dtype not in self._slots:
+        if dtype not in self._views:
             view = partial(self._view, dtype)
-            self._slots[dtype] = [[view(m, s) for m in self._memory] for s in range(self.slots)]
-        return self._slots[dtype]
+            self._views[dtype] = [[view(m, s) for m in self._memory] for s in range(self.slots)]
+        return self._views[dtype]
 
     def _view(self, dtype: np.dtype[Any], memory: NDArray[np.uint8], s: int) -> NDArray[Any]:
         room = self.slot // dtype.itemsize * dtype.itemsize

@@ -15,6 +15,7 @@ and in every run.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,17 +36,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpcmp")
 
-#: Bytes of a whole message from which the window is faster than MPI itself (docs/node.md has the measurement).
-LEAST = {"all_reduce": 128 * 2**10, "reduce_scatter": 512 * 2**10, "all_gather": 2**20, "broadcast": 256 * 2**10}
+Sizes = Mapping[str, tuple[float, float]]
+
+#: [least, most) bytes of a whole message for which the window is faster than MPI itself (docs/node.md has the figures):
+#: below, calls from Python cost more than the copies; above, MPI's single copy from process to process costs least.
+SIZES: Sizes = {
+    "all_reduce": (4 * 2**10, math.inf),
+    "reduce_scatter": (128 * 2**10, math.inf),
+    "all_gather": (128 * 2**10, 16 * 2**20),
+    "broadcast": (16 * 2**10, 32 * 2**20),
+}
+EVERY: Sizes = dict.fromkeys(SIZES, (0, math.inf))
 SLOTS = 4  # of a buffer: a piece of a large message is one of them, so that a rank may be that many ahead of another
 DIRECT = 512 * 2**10  # bytes of others up to which every rank adds up a whole all-reduce: it waits once, not twice
 
 _OPS: dict[Op, np.ufunc] = {"sum": np.add, "max": np.maximum}
 
 
-def shared(
-    comm: MPI.Intracomm, size: int, least: Mapping[str, int] = LEAST, *, staged: bool = False
-) -> MpiCommunicator:
+def shared(comm: MPI.Intracomm, size: int, sizes: Sizes = SIZES, *, staged: bool = False) -> MpiCommunicator:
     """``comm``, whose ranks share a node, with a window of ``size`` bytes a rank; an ``MpiCommunicator`` where there is
     no room for one, or MPI has none, which the log tells once. Collective."""
     from mpi4py import MPI
@@ -55,7 +63,7 @@ def shared(
     problem = _no_room(comm.size * (size + HEADER))
     if not comm.allreduce(bool(problem), MPI.LOR):
         try:
-            return WindowCommunicator(comm, size, least, staged=staged)
+            return WindowCommunicator(comm, size, sizes, staged=staged)
         except (MPI.Exception, NotImplementedError) as error:
             problem = str(error)
     if problem:
@@ -73,7 +81,7 @@ def cores_for_all(nodes: Sequence[int], comm: MPI.Intracomm) -> bool:
 
 
 class WindowCommunicator(MpiCommunicator):
-    """An ``MpiCommunicator`` of ranks on one node that moves host arrays of ``least[operation]`` bytes or more through
+    """An ``MpiCommunicator`` of ranks on one node that moves host arrays, of the ``sizes`` of each operation, through
     shared memory, of which each rank has ``size`` bytes; all_to_all, messages and GPU arrays are left to MPI.
 
     As in ``HierarchicalCommunicator``, MPI knows nothing of what is under way: ``test`` and ``wait`` of any ``Pending``
@@ -81,10 +89,10 @@ class WindowCommunicator(MpiCommunicator):
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, size: int = 4 * 2**20, least: Mapping[str, int] = LEAST, *, staged: bool = False
+        self, comm: MPI.Intracomm, size: int = 6 * 2**20, sizes: Sizes = SIZES, *, staged: bool = False
     ) -> None:
         super().__init__(comm, staged=staged)
-        self.least = least
+        self.sizes = sizes
         self.staging = Staging(comm, max(LINE * comm.size, size // SLOTS // LINE * LINE), SLOTS)
 
     def close(self) -> None:
@@ -93,7 +101,8 @@ class WindowCommunicator(MpiCommunicator):
 
     def _takes(self, operation: str, x: Array, elements: int) -> bool:
         """Whether a message of so many elements in all goes through the window: the same on every rank."""
-        return self.size > 1 and isinstance(x, np.ndarray) and elements * x.itemsize >= self.least[operation]
+        least, most = self.sizes[operation]
+        return self.size > 1 and isinstance(x, np.ndarray) and least <= elements * x.itemsize < most
 
     def _room(self, x: Array, parts: int = 1) -> int:
         """How many elements of each of ``parts`` parts a slot has room for."""
@@ -159,10 +168,13 @@ class WindowCommunicator(MpiCommunicator):
             combine(terms[0], terms[1], out=total)
             for term in terms[2:]:
                 combine(total, term, out=total)
+            if everywhere:
+                y[part(me, i)] = total  # now, since it is in the cache
 
         def take(slots: Slots, i: int) -> None:
             for r in range(self.size):
-                y[part(r, i)] = slots[r][place(r, i)]
+                if r != me:
+                    y[part(r, i)] = slots[r][place(r, i)]
 
         pieces = -(-max(counts) // room)
         return Transfer(self.staging, x.dtype, pieces, put, reduce, take if everywhere else None)
@@ -170,24 +182,26 @@ class WindowCommunicator(MpiCommunicator):
     def _all_gather(self, x: Array, counts: list[int]) -> Pending:
         if not self._takes("all_gather", x, sum(counts)):
             return super()._all_gather(x, counts)
-        y, room, me = np.empty(sum(counts), x.dtype), self._room(x), self.rank
-        starts = [sum(counts[:r]) for r in range(self.size)]
+        y, room, me = np.empty(sum(counts), x.dtype), self._room(x, 2), self.rank
+        starts, others = [sum(counts[:r]) for r in range(self.size)], [r for r in range(self.size) if r != me]
+        own = y[starts[me] :][: counts[me]]
 
         def put(slots: Slots, i: int) -> None:
             piece = x[i * room : (i + 1) * room]
             slots[me][: piece.size] = piece
+            own[i * room : (i + 1) * room] = piece  # now, since it is in the cache
 
         def take(slots: Slots, i: int) -> None:
-            for r, start in enumerate(starts):
-                part = y[start : start + counts[r]][i * room : (i + 1) * room]
-                part[:] = x[i * room : (i + 1) * room] if r == me else slots[r][: part.size]
+            for r in others:
+                part = y[starts[r] : starts[r] + counts[r]][i * room : (i + 1) * room]
+                part[:] = slots[r][: part.size]
 
         return Pending(y, [Transfer(self.staging, x.dtype, -(-max(counts) // room), put, None, take)])
 
     def _broadcast(self, x: Array, root: int) -> Pending:
         if not self._takes("broadcast", x, x.size):
             return super()._broadcast(x, root)
-        here, room = self.rank == root, self._room(x)
+        here, room = self.rank == root, self._room(x, 2)
         result = np.ascontiguousarray(x).reshape(x.shape) if here else np.empty(x.shape, x.dtype)
         y = result.reshape(-1)
 

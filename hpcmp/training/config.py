@@ -150,9 +150,9 @@ class Communication(Section):
         "auto", "whether MPI's sums over nodes go through each node's ranks first; `auto`: large ones"
     )
     shared_memory: Literal["auto", "yes", "no"] = option(
-        "no", "whether a node's ranks exchange host arrays in shared memory; `auto`: large ones, if each has a core"
+        "auto", "whether a node's ranks exchange host arrays in shared memory; `auto`: where faster, if each has a core"
     )
-    window_mb: float = option(4.0, "MiB of shared memory that a rank has in each group within a node", POSITIVE)
+    window_mb: float = option(6.0, "MiB of shared memory that a rank has in each group within a node", POSITIVE)
 
 
 @dataclass(frozen=True)

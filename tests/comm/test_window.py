@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
 
     from hpcmp.comm.window import WindowCommunicator
 
-ALWAYS = dict.fromkeys(window.LEAST, 0)
-
 
 @pytest.fixture(params=[0, 2**20], ids=["pieces", "one go"])
 def comm(world: Intracomm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Slots of 64 bytes a rank, so that nearly all messages are of many pieces, and slots that hold all."""
     if not request.param:
         monkeypatch.setattr(window, "DIRECT", 16)
-    made = window.WindowCommunicator(world.Dup(), request.param, ALWAYS)
+    made = window.WindowCommunicator(world.Dup(), request.param, window.EVERY)
     yield made
     made.close()
 
@@ -61,6 +60,100 @@ def test_many_at_once_waited_for_in_another_order_on_each_rank(comm: WindowCommu
         np.testing.assert_array_equal(pending[i].wait(), expected[i])
         assert pending[i].test()
     assert not base.DRIVERS
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequence_on_several_communicators_with_messages_between(
+    world: Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank starts the same things; when it looks, waits or sleeps is its own affair."""
+    from hpcmp.comm.mpi import MpiCommunicator
+
+    plan, mine = random.Random(seed), random.Random(100 * seed + world.rank + 1)
+    monkeypatch.setattr(window, "DIRECT", plan.choice((16, 2**20)))
+    comms: list[Any] = [window.WindowCommunicator(world.Dup(), size, window.EVERY) for size in (2**10, 2**16)]
+    comms += [window.WindowCommunicator(world.Split(world.rank % 2), 2**12, window.EVERY), MpiCommunicator(world.Dup())]
+    pending: list[tuple[base.Pending, Any]] = []
+    for i in range(40):
+        comm = plan.choice(comms)
+        first, step = (world.rank % 2, 2) if comm is comms[2] else (0, 1)
+        n, dtype = int(10 ** plan.uniform(0, 4.3)) - 1, plan.choice((np.int16, np.int32, np.int64, np.float32))
+        xs = [_drawn(rank, seed, i, n).astype(dtype) for rank in range(first, world.size, step)]
+        x, total, rank = xs[comm.rank], np.sum(xs, 0, dtype=dtype), comm.rank
+        kind = plan.randrange(7)
+        if kind < 2:
+            pending.append((comm.all_reduce(x, out=x if kind else None), total))
+        elif kind == 2:
+            pending.append((comm.all_reduce(x, "max"), np.max(xs, 0)))
+        elif kind == 3:
+            pending.append((comm.all_gather(x), np.concatenate(xs)))
+        elif kind == 4:
+            pending.append((comm.reduce_scatter(x), np.array_split(total, comm.size)[rank]))
+        elif kind == 5:
+            pending.append((comm.broadcast(x, comm.size - 1), xs[-1]))
+        else:  # to the next of a ring, which another rank may be long past or has not come to
+            before, after = (rank - 1) % comm.size, (rank + 1) % comm.size
+            pending += [(comm.recv(x.shape, dtype, before, i, like=x), xs[before]), (comm.send(x, after, i), x)]
+        if mine.random() < 0.1:
+            time.sleep(3e-3 * mine.random())
+        for each, _ in mine.sample(pending, mine.randrange(len(pending) + 1)):
+            each.test()
+        while pending and mine.random() < 0.35:
+            done, expected = pending.pop(mine.randrange(len(pending)))
+            np.testing.assert_array_equal(done.wait(), expected)
+    for done, expected in mine.sample(pending, len(pending)):
+        np.testing.assert_array_equal(done.wait(), expected)
+    for comm in comms:
+        comm.close()
+    assert not base.DRIVERS
+
+
+def _drawn(rank: int, seed: int, i: int, n: int) -> Any:
+    return np.random.default_rng((rank, seed, i)).integers(-50, 50, n)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_message_not_yet_received_does_not_keep_mpi_from_progress(comm: WindowCommunicator, world: Intracomm) -> None:
+    """The last rank, which has a message that it does not expect yet, waits for the others in shared memory, and they
+    for it in MPI."""
+    from hpcmp.comm.mpi import MpiCommunicator
+
+    flat, last, x = MpiCommunicator(world.Dup()), comm.size - 1, np.ones(50_000)
+    if comm.rank == 0:
+        comm.send(np.ones(3), last, 5).wait()
+    world.Barrier()
+    total = flat.all_reduce(x)
+    if comm.rank != last:
+        assert (total.wait() == comm.size).all()
+    assert (comm.all_reduce(np.ones(100)).wait() == comm.size).all()
+    assert (total.wait() == comm.size).all()
+    if comm.rank == last:
+        assert (comm.recv((3,), np.float64, 0, 5, like=x).wait() == 1).all()
+    flat.close()
+
+
+@pytest.mark.mpi
+def test_meshes_made_and_closed_one_after_another(world: Intracomm) -> None:
+    for i in range(20):
+        with Mesh(world, dp=world.size, shared_memory="yes", window_mb=0.1) as mesh:
+            for group in (mesh["dp"], mesh["dp", "tp"], mesh["copy"]):
+                assert (group.all_reduce(np.full(i + 1, 2.0)).wait() == 2 * world.size).all()
+    assert not base.DRIVERS
+
+
+@pytest.mark.mpi
+def test_what_nobody_waits_for_is_sent_all_the_same(comm: WindowCommunicator) -> None:
+    """A rank gives up a sum that others wait for, as after an exception, and goes on; ``close`` is when it is over."""
+    n = 3000
+    abandoned = comm.all_reduce(np.arange(n))
+    if comm.rank:
+        np.testing.assert_array_equal(abandoned.wait(), comm.size * np.arange(n))
+    del abandoned
+    if comm.rank == comm.size - 1:
+        comm.all_reduce(np.ones(n))
+    else:
+        assert (comm.all_reduce(np.ones(n)).wait() == comm.size).all()
 
 
 @pytest.mark.mpi
@@ -132,11 +225,11 @@ def test_a_rank_that_waits_for_a_sum_does_not_hold_up_a_large_message(comm: Wind
 
 
 @pytest.mark.mpi
-def test_small_messages_and_what_is_no_number_go_the_way_of_mpi(world: Intracomm, monkeypatch: Any) -> None:
-    comm = window.WindowCommunicator(world.Dup(), 2**16, dict.fromkeys(ALWAYS, 800))
+def test_other_sizes_and_what_is_no_number_go_the_way_of_mpi(world: Intracomm, monkeypatch: Any) -> None:
+    comm = window.WindowCommunicator(world.Dup(), 2**16, dict.fromkeys(window.EVERY, (800, 1600)))
     made = []
     monkeypatch.setattr(window, "Transfer", lambda *args, **steps: made.append(args) or right(*args, **steps))
-    for n, through in ((99, False), (100, world.size > 1)):
+    for n, through in ((99, False), (100, world.size > 1), (199, world.size > 1), (200, False)):
         for call in (comm.all_reduce, comm.reduce_scatter, comm.broadcast):
             made.clear()
             call(np.ones(n)).wait()
@@ -180,7 +273,7 @@ def test_where_a_mesh_takes_it(world: Intracomm) -> None:
             assert isinstance(group, window.WindowCommunicator) is (taken and world.size > 1)
             if taken and world.size > 1:
                 assert 4 * group.staging.slot == 2**18  # type: ignore[attr-defined]
-                assert set(group.least.values()) == ({0} if choice == "yes" else set(window.LEAST.values()))  # type: ignore[attr-defined]
+                assert group.sizes is (window.EVERY if choice == "yes" else window.SIZES)  # type: ignore[attr-defined]
 
 
 @pytest.mark.mpi
