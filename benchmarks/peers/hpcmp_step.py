@@ -1,6 +1,7 @@
 """hpcmp's side of ``benchmarks/step.py``: one rank of a training step, which waits for orders.
 
-``--export FILE`` instead writes the initial weights, whole, to an .npz file: the same for every layout.
+``--export FILE`` instead writes the initial weights, whole, to an .npz file, the same for every layout, and compiles the
+kernels: that takes memory of the process that does it, at its first step ever.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main() -> None:
     steps = Steps(size, args.layout, comm, args.microbatch)
     if args.export:
         np.savez(args.export, **{p.name: p.data for p in steps.engine.buckets.parameters})
+        Steps(SIZES["XS"], "serial", None)(0)
         return
     orders = {
         "peak": peak,

@@ -78,3 +78,9 @@ def adamw(
     for a in range(0, data.size, _BLOCK):
         b = a + _BLOCK
         update.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], **settings)  # type: ignore[arg-type]
+
+
+def orthogonalise(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """See ``update.orthogonalise``."""
+    made: NDArray[np.floating] = update.orthogonalise(x, multiply=blas.gemm)
+    return made

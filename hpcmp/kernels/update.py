@@ -6,6 +6,8 @@ Every function takes g = grad_scale * grad for its gradient. Arrays are of one d
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 
 from ..arrays import Array, array_module
 
@@ -59,7 +61,9 @@ def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float) -> Ar
     return g + momentum * m
 
 
-def orthogonalise(x: Array, steps: int = 5, epsilon: float = 1e-7) -> Array:
+def orthogonalise(
+    x: Array, steps: int = 5, epsilon: float = 1e-7, multiply: Callable[[Array, Array], Array] = operator.matmul
+) -> Array:
     """About U V^T of x = U S V^T, (rows, columns): every singular value brought near 1, between 0.7 and 1.2.
 
     With A = X X^T:  X <- a X + (b A + c A A) X, ``steps`` times, from X = x / |x|. Jordan et al., "Muon", 2024.
@@ -69,6 +73,6 @@ def orthogonalise(x: Array, steps: int = 5, epsilon: float = 1e-7) -> Array:
     wide = x if x.shape[0] <= x.shape[1] else x.T
     y = wide / (math.sqrt(float(xp.square(wide, dtype="float64").sum())) + epsilon)
     for _ in range(steps):
-        gram = y @ y.T
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
+        gram = multiply(y, y.T)
+        y = a * y + multiply(b * gram + c * multiply(gram, gram), y)
     return y if x.shape[0] <= x.shape[1] else y.T
