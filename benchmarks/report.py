@@ -15,7 +15,8 @@ def text(result: dict[str, Any]) -> str:
     """One measurement."""
     m = result["machine"]
     lines = [
-        f"{result['size']} {result['layout']}, {result['threads']} thread(s) a rank; {result['rounds']} turns of "
+        f"{result['size']} {result['layout']}, {result['threads']} thread(s) a rank{_recomputed(result)}; "
+        f"{result['rounds']} turns of "
         f"{result['steps']} steps each, in alternation",
         f"{m['cpu']}, {m['cores']} cores, L3 {m['cache']}; {m['date']} UTC; load {m['load'][0]:.1f} before, "
         f"{m['load_after'][0]:.1f} after; losses differ by {result['loss_difference']:.1e}",
@@ -55,7 +56,7 @@ def table(results: list[dict[str, Any]]) -> str:
         programs = result["programs"]
         mine = programs["hpcmp"]
         blas = mine["software"].split(", ", 1)[1].rsplit(", ", 1)[0]
-        cells = [f"{result['size']} {result['layout']}, {result['threads']}", blas]
+        cells = [f"{result['size']} {result['layout']}, {result['threads']}{_recomputed(result)}", blas]
         cells += [f"{mine['tokens_per_second']:.0f}", f"{100 * mine['of_peak']:.0f}%"]
         cells += [_against(programs[name]) if name in programs else "–" for name in peers]
         for key in ("memory_of_model", "memory"):
@@ -63,6 +64,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells.append(f"{100 * max(p['others']['median'] for p in programs.values()):.0f}%")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _recomputed(result: dict[str, Any]) -> str:
+    kind = result.get("recompute", "none")
+    return "" if kind == "none" else f", recompute {kind}"
 
 
 def _against(peer: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def jobs(args: argparse.Namespace, python: str | None, weights: str) -> list[Job
     n, env = ranks(args.layout), threads_env(args.threads) | {"PYTHONPATH": str(ROOT)}
     what = ["--size", args.size, "--layout", args.layout]
     micro = ["--microbatch", str(args.microbatch)] if args.microbatch else []
-    mine = module(sys.executable, "hpcmp_step", *what, *micro)
+    mine = module(sys.executable, "hpcmp_step", *what, *micro, "--recompute", args.recompute)
     launch = [*shlex.split(args.mpirun), "-n", str(n)] if n > 1 else []
     made = [Job("hpcmp", [launch + mine], n, env)]
     samples = SIZES[args.size].batch
@@ -140,6 +140,7 @@ def measure(args: argparse.Namespace, python: str | None) -> dict[str, Any]:
         "rounds": args.rounds,
         "steps": args.steps,
         "microbatch": args.microbatch,
+        "recompute": args.recompute,
         "machine": before | {"load_after": list(os.getloadavg())},
         "loss_difference": difference,
         "programs": programs,
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed in a turn, after one that is not")
     parser.add_argument("--microbatch", type=int, help="samples; with pp by default what hpcmp takes")
+    parser.add_argument("--recompute", default="none", help="layout.recompute of hpcmp")
     parser.add_argument("--mpirun", default="mpirun --bind-to none", help="how two ranks are launched")
     parser.add_argument("--label", nargs="*", default=[], help="words for the name of the files")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")

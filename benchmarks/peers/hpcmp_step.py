@@ -1,7 +1,7 @@
 """hpcmp's side of ``benchmarks/step.py``: one rank of a training step, which waits for orders.
 
-``--export FILE`` instead writes the initial weights, whole, to an .npz file, the same for every layout, and compiles the
-kernels: that takes memory of the process that does it, at its first step ever.
+``--export FILE`` instead writes the initial weights, whole, to an .npz file, the same for every layout, and compiles
+the kernels: that takes memory of the process that does it, at its first step ever.
 """
 
 from __future__ import annotations
@@ -25,25 +25,29 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 
-def configuration(size: Size, layout: str = "serial", microbatch: int | None = None) -> Config:
+def configuration(size: Size, layout: str = "serial", microbatch: int | None = None, recompute: str = "none") -> Config:
     """The training run of a size, with a constant learning rate, resolved."""
     model = {key: getattr(size, key) for key in ("hidden", "layers", "heads", "sequence", "vocabulary")}
     optimizer: dict[str, Any] = {**ADAMW, "warmup": 0, "final": 1.0}
     train: dict[str, Any] = {"batch": size.batch, "microbatch": microbatch, "steps": 10**6}
     config = Config.from_dict({"model": model, "train": train, "optimizer": optimizer})
-    return (
-        with_layout(config, LAYOUTS[layout]).resolved(ranks=common.ranks(layout))
-        if LAYOUTS[layout]
-        else (config.resolved(ranks=1))
-    )
+    axes = ",".join(filter(None, [LAYOUTS[layout], f"recompute={recompute}"]))
+    return with_layout(config, axes).resolved(ranks=common.ranks(layout))
 
 
 class Steps:
     """An engine, and the batches of a size."""
 
-    def __init__(self, size: Size, layout: str, comm: Intracomm | None, microbatch: int | None = None) -> None:
+    def __init__(
+        self,
+        size: Size,
+        layout: str,
+        comm: Intracomm | None,
+        microbatch: int | None = None,
+        recompute: str = "none",
+    ) -> None:
         self.size = size
-        config = configuration(size, layout, microbatch)
+        config = configuration(size, layout, microbatch, recompute)
         self.engine = Engine(config, mesh_for(config, comm))
 
     def __call__(self, i: int) -> float:
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="serial")
     parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--recompute", default="none")
     parser.add_argument("--export")
     args = parser.parse_args()
     size, comm = SIZES[args.size], None
@@ -82,7 +87,7 @@ def main() -> None:
         comm = start_mpi().COMM_WORLD
     software()  # loads the libraries that are loaded late
     base = common.memory()
-    steps = Steps(size, args.layout, comm, args.microbatch)
+    steps = Steps(size, args.layout, comm, args.microbatch, args.recompute)
     if args.export:
         np.savez(args.export, **{p.name: p.data for p in steps.engine.buckets.parameters})
         Steps(SIZES["XS"], "serial", None)(0)
