@@ -43,7 +43,7 @@ Sizes = Mapping[str, tuple[float, float]]
 SIZES: Sizes = {
     "all_reduce": (4 * 2**10, math.inf),
     "reduce_scatter": (128 * 2**10, math.inf),
-    "all_gather": (128 * 2**10, 16 * 2**20),
+    "all_gather": (128 * 2**10, 8 * 2**20),
     "broadcast": (16 * 2**10, 32 * 2**20),
 }
 EVERY: Sizes = dict.fromkeys(SIZES, (0, math.inf))
