@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import InputError, reason
+from ..errors import InputError
+from .hdf5 import reason
 
 
 @contextmanager
