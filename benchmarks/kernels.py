@@ -1,6 +1,6 @@
 """Each compiled kernel against the same in NumPy, and against the bandwidth of memory measured between the calls.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/kernels.py [--calls 15] [NAME ...]
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py [--calls 15] [NAME ...]
 
 float32. The kernels take turns, call by call, with a copy of 64 MiB, so that all three meet the same machine; the
 figures are medians. GB/s: what a kernel must read and write, once, by its time; for attention the GFLOP/s of its matrix

@@ -104,12 +104,16 @@ class WindowCommunicator(MpiCommunicator):
         least, most = self.sizes[operation]
         return self.size > 1 and isinstance(x, np.ndarray) and least <= elements * x.itemsize < most
 
+    def _sums(self, operation: str, x: Array, elements: int) -> bool:
+        """``_takes``, of numbers that NumPy sums as they are: those of 16 bits come again, in 32."""
+        return not is_half(x.dtype) and x.dtype.kind in "iuf" and self._takes(operation, x, elements)
+
     def _room(self, x: Array, parts: int = 1) -> int:
         """How many elements of each of ``parts`` parts a slot has room for."""
         return int(self.staging.slot // x.itemsize // parts)
 
     def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending:
-        if is_half(x.dtype) or x.dtype.kind not in "iuf" or not self._takes("all_reduce", x, x.size):
+        if not self._sums("all_reduce", x, x.size):
             return super()._all_reduce(x, op, out)
         send = np.ascontiguousarray(x).reshape(-1)
         result: Array = out
@@ -123,7 +127,7 @@ class WindowCommunicator(MpiCommunicator):
         return Pending(result, [transfer], lambda found: _into(out, found))
 
     def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending:
-        if is_half(x.dtype) or x.dtype.kind not in "iuf" or not self._takes("reduce_scatter", x, sum(counts)):
+        if not self._sums("reduce_scatter", x, sum(counts)):
             return super()._reduce_scatter(x, counts)
         y = np.empty(counts[self.rank], x.dtype)
         return Pending(y, [self._sum(x, "sum", y, counts, everywhere=False)])

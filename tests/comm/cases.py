@@ -160,3 +160,15 @@ def differences(comm: Communicator, control: Communicator, xp: ModuleType) -> li
         if "in place" not in name and "into" not in name:
             found += [f"{name}: changed its input" for made, x in kept if not np.array_equal(to_host(made), x)]
     return found
+
+
+def assert_a_waiting_rank_holds_up_no_sum(comm: Communicator) -> None:
+    """Rank 0 sends only when the sum is there, which needs the others, who wait for what it sends."""
+    pending = comm.all_reduce(np.full(1000, float(comm.rank)))
+    if comm.rank == 0:
+        assert (pending.wait() == sum(range(comm.size))).all()
+        for send in [comm.send(np.ones(3), peer) for peer in range(1, comm.size)]:
+            send.wait()
+    else:
+        assert (comm.recv((3,), np.float64, 0, like=np.empty(0)).wait() == 1).all()
+        assert (pending.wait() == sum(range(comm.size))).all()

@@ -12,7 +12,7 @@ import pytest
 from hpcmp.comm import base
 from hpcmp.comm.mesh import Mesh
 from hpcmp.comm.topology import Topology
-from tests.comm.cases import differences
+from tests.comm.cases import assert_a_waiting_rank_holds_up_no_sum, differences
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -74,15 +74,7 @@ def test_many_sums_tested_and_waited_for_in_another_order_on_each_rank(comm: Hie
 
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_that_waits_for_something_else_does_not_hold_up_a_sum(comm: HierarchicalCommunicator) -> None:
-    """Rank 0 sends only when the sum is there, which needs the others, who wait for what it sends."""
-    pending = comm.all_reduce(np.full(1000, float(comm.rank)))
-    if comm.rank == 0:
-        assert (pending.wait() == sum(range(comm.size))).all()
-        for send in [comm.send(np.ones(3), peer) for peer in range(1, comm.size)]:
-            send.wait()
-    else:
-        assert (comm.recv((3,), np.float64, 0, like=np.empty(0)).wait() == 1).all()
-        assert (pending.wait() == sum(range(comm.size))).all()
+    assert_a_waiting_rank_holds_up_no_sum(comm)
 
 
 @pytest.mark.mpi

@@ -14,7 +14,7 @@ from hpcmp.arrays import dtype_of
 from hpcmp.comm import base, window
 from hpcmp.comm.mesh import Mesh
 from hpcmp.comm.topology import Topology
-from tests.comm.cases import differences
+from tests.comm.cases import assert_a_waiting_rank_holds_up_no_sum, differences
 from tests.comm.test_hierarchical import whole_numbers
 
 if TYPE_CHECKING:
@@ -200,15 +200,7 @@ def test_a_rank_that_is_late_sees_nothing_overwritten(comm: WindowCommunicator) 
 
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_that_waits_for_a_message_does_not_hold_up_a_sum(comm: WindowCommunicator) -> None:
-    """Rank 0 sends only when the sum is there, which needs the others, who wait for what it sends."""
-    pending = comm.all_reduce(np.full(1000, float(comm.rank)))
-    if comm.rank == 0:
-        assert (pending.wait() == sum(range(comm.size))).all()
-        for send in [comm.send(np.ones(3), peer) for peer in range(1, comm.size)]:
-            send.wait()
-    else:
-        assert (comm.recv((3,), np.float64, 0, like=np.empty(0)).wait() == 1).all()
-        assert (pending.wait() == sum(range(comm.size))).all()
+    assert_a_waiting_rank_holds_up_no_sum(comm)
 
 
 @pytest.mark.mpi(min_size=2)

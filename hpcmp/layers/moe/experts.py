@@ -66,13 +66,10 @@ class Experts(Module):
     def forward(self, x: tuple[Array, Sequence[int]]) -> tuple[Array, Any]:
         rows, sizes = x
         k, up = kernels.of(rows), _matrices(self.up.data)
-        inner = _grouped(k.matmul, rows, up, sizes, up.shape[2])
-        if self.biases:
-            inner += _repeated(self.biases["up_bias"].data, sizes)
+        inner = _grouped(k.matmul, rows, up, sizes, up.shape[2], self.biases.get("up_bias"))
         active, kept = self.activation.forward(inner.reshape(len(rows), *self.up.data.shape[2:]))
-        y = _grouped(k.matmul, active, self.down.data, sizes, rows.shape[1])
-        if self.biases and self.first:
-            y += _repeated(self.biases["down_bias"].data, sizes)
+        added = self.biases.get("down_bias") if self.first else None
+        y = _grouped(k.matmul, active, self.down.data, sizes, rows.shape[1], added)
         return y, (rows, sizes, active, kept)
 
     def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> Array:
@@ -92,7 +89,7 @@ class Experts(Module):
                 k.add_outer(grad, x[s], d[s])
         for bias, d in zip(self.biases.values(), (dinner, dy), strict=False):
             for grad, s in zip(bias.grad, _segments(sizes), strict=True):
-                grad += d[s].sum(0, dtype=grad.dtype).reshape(grad.shape)
+                k.add_rows(grad.reshape(-1), d[s])
 
 
 def _segments(sizes: Sequence[int]) -> list[slice]:
@@ -100,18 +97,14 @@ def _segments(sizes: Sequence[int]) -> list[slice]:
     return [slice(sum(sizes[:e]), sum(sizes[: e + 1])) for e in range(len(sizes))]
 
 
-def _grouped(multiply: Callable[[Array, Array], Array], x: Array, w: Array, sizes: Sequence[int], n: int) -> Array:
-    """Each expert's rows of ``x``, multiplied with its matrix: (m, n)."""
+def _grouped(
+    multiply: Callable[..., Array], x: Array, w: Array, sizes: Sequence[int], n: int, bias: Parameter | None = None
+) -> Array:
+    """Each expert's rows of ``x``, multiplied with its matrix, and its bias added, if there is one: (m, n)."""
     y = array_module(x).empty((len(x), n), x.dtype)
-    for matrix, s in zip(w, _segments(sizes), strict=True):
-        y[s] = multiply(x[s], matrix)
+    for e, (matrix, s) in enumerate(zip(w, _segments(sizes), strict=True)):
+        y[s] = multiply(x[s], matrix, *([] if bias is None else [bias.data[e].reshape(-1)]))
     return y
-
-
-def _repeated(bias: Array, sizes: Sequence[int]) -> Array:
-    """Each expert's bias on all of its rows."""
-    flat = bias.reshape(len(bias), math.prod(bias.shape[1:]))
-    return array_module(bias).repeat(flat, list(sizes), axis=0)
 
 
 def _matrices(w: Array) -> Array:
