@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import breakdown, common, overhead, report, step
+from benchmarks import breakdown, checkpoint, common, overhead, report, saving, step
 from benchmarks.peers import hpcmp_step
 
 XS = common.SIZES["XS"]
 
 
 def test_parsers(capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (step.main, overhead.main):
+    for main in (step.main, overhead.main, checkpoint.main):
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         assert "--torch PYTHON" in " ".join(capsys.readouterr().out.split())
@@ -109,6 +109,24 @@ def test_a_rank_of_the_peer_has_its_share_of_every_weight() -> None:
         assert torch.equal(torch.cat([p[i] for p in parts]), all_rows)
     assert torch.equal(torch.cat([s.blocks["0"].down.weight for s in shares], 1), whole.blocks["0"].down.weight)
     assert torch.equal(torch.cat([s.table.weight for s in shares]), whole.table.weight)
+
+
+def test_a_run_that_saves_is_measured(tmp_path: Path) -> None:
+    found = saving.measure(XS, "serial", None, tmp_path, rounds=1)
+    assert 0 < found["held up"] < found["asynchronous"] and found["step alone"] > 0 and found["steps under it"] >= 1
+    assert len(list(tmp_path.glob("step_*"))) == 2
+
+
+def test_checkpoints_are_measured(tmp_path: Path) -> None:
+    small = ["--hidden", "32", "--blocks", "1", "--rounds", "1", "--ranks", "2"]
+    checkpoint.main([*small, "--place", str(tmp_path), "--results", str(tmp_path / "results")])
+    (path,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["bytes"] == 3 * 4 * (12 * 32 * 32 + 32)
+    assert {"save files", "save node", "save shared", "save raw", "save gather", "load raw"} <= set(result["programs"])
+    assert result["programs"]["save raw"]["of_raw"]["median"] == 1
+    assert path.with_suffix(".txt").read_text() == checkpoint.text(result)
+    assert list(tmp_path.iterdir()) == [tmp_path / "results"]
 
 
 def test_an_interpreter_without_torch_is_refused() -> None:

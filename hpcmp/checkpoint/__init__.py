@@ -6,7 +6,24 @@ described in docs/checkpoints.md.
 
 from .directory import checkpoints
 from .load import Checkpoint, open_checkpoint
-from .save import CheckpointSaveError, save
+from .lock import Lock
+from .repack import repack
+from .retention import Keep
+from .save import CheckpointSaveError, Saved, Saver, save
 from .slab import Slab
+from .storage import Storage
 
-__all__ = ["Checkpoint", "CheckpointSaveError", "Slab", "checkpoints", "open_checkpoint", "save"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointSaveError",
+    "Keep",
+    "Lock",
+    "Saved",
+    "Saver",
+    "Slab",
+    "Storage",
+    "checkpoints",
+    "open_checkpoint",
+    "repack",
+    "save",
+]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HpcmpError
+from ..errors import HpcmpError, reason
 
 if TYPE_CHECKING:
     from ..comm.mesh import Mesh
+
+__all__ = ["agreed", "broadcast", "gather", "reason", "scatter"]
 
 
 @contextmanager
@@ -33,9 +34,9 @@ def agreed(mesh: Mesh | None, failed: Callable[[str, str], HpcmpError]) -> Itera
         raise failed(f"rank {rank}{others}: " if len(whys) > 1 else "", text) from failure
 
 
-def broadcast(mesh: Mesh | None, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    return value if mesh is None or mesh.comm is None else mesh.comm.bcast(value)
+def broadcast(mesh: Mesh | None, value: Any, root: int = 0) -> Any:
+    """The value of rank ``root``, on every rank."""
+    return value if mesh is None or mesh.comm is None else mesh.comm.bcast(value, root)
 
 
 def gather(mesh: Mesh, value: Any) -> list[Any]:
@@ -43,13 +44,6 @@ def gather(mesh: Mesh, value: Any) -> list[Any]:
     return [value] if mesh.comm is None else mesh.comm.gather(value) or []
 
 
-def reason(error: BaseException) -> str:
-    """Why something failed, in one line that names the file if the system did."""
-    text = " ".join(str(error).split())
-    if isinstance(error, HpcmpError):
-        return text
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if found := re.search(r"error message = '([^']*)'", text):  # how HDF5 wraps the system's errors
-        return found[1]
-    return text if text and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+def scatter(mesh: Mesh, values: list[Any]) -> Any:
+    """This rank's of rank 0's values, of which there is one for each rank; what others pass is ignored."""
+    return values[0] if mesh.comm is None else mesh.comm.scatter(values if mesh.rank == 0 else None)

@@ -2,6 +2,7 @@
 
 step_00000100/                                  a checkpoint
 latest                                          the name of the newest one, and the digest of its manifest
+lock, .lock-...                                 which run has the directory (lock.py)
 .step_00000100.tmp-4711@node7.12-1f3c9a2e/      being written, or being removed, by process 4711 of node7
 .step_00000100.old-4711@node7.12-1f3c9a2e/      a checkpoint set aside while one of the same step takes its place
 """
@@ -21,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
-from . import manifest
+from ..plain import read_whole
+from . import lock, manifest
 from .manifest import Manifest
 from .reader import check_size
 from .writer import sync
@@ -44,10 +46,14 @@ def hidden(path: Path, kind: str) -> Path:
 
 
 def begin(root: Path, step: int) -> Path:
-    """A new temporary directory for the checkpoint of ``step``; what dead processes left behind is removed first."""
+    """A new temporary directory for the checkpoint of ``step``; what dead processes left behind is removed first.
+
+    Raises InUseError if another process has the lock of ``root``.
+    """
     if not root.exists():
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
+    lock.check(root)
     sweep(root)
     temporary = hidden(root / step_name(step), "tmp")
     temporary.mkdir()
@@ -57,8 +63,10 @@ def begin(root: Path, step: int) -> Path:
 def commit(temporary: Path, final: Path, text: bytes, at: Callable[[str], None]) -> None:
     """Make a written directory the checkpoint ``final``, with the manifest ``text``, and let ``latest`` name it.
 
-    A checkpoint of the same step is set aside until then, and put back if the new one cannot take its place.
+    A checkpoint of the same step is set aside until then, and put back if the new one cannot take its place. Raises
+    InUseError if another process has taken the lock since ``begin``.
     """
+    lock.check(final.parent)
     at("manifest")
     write_file(temporary / manifest.NAME, text)
     sync(temporary)
@@ -99,6 +107,12 @@ def point(root: Path, name: str, digest: str) -> None:
     sync(root)
 
 
+def pointed(root: Path) -> tuple[str, str]:
+    """The name of a checkpoint and the digest that ``latest`` holds, which may be damaged. Raises OSError."""
+    name, _, digest = read_whole(root / LATEST, 256).decode(errors="replace").strip().partition(" ")
+    return name, digest
+
+
 def discard(path: Path) -> None:
     """Remove a directory or file; a checkpoint is renamed first, so that half of one is never taken for a whole."""
     try:
@@ -128,21 +142,26 @@ def sweep(root: Path) -> None:
 def inspect(directory: Path) -> tuple[Manifest, str]:
     """The manifest of a checkpoint and its digest, if all its files are there in full length; else CheckpointError."""
     found, digest = manifest.read(directory / manifest.NAME)
+    if STEP.fullmatch(directory.name) and found.step != _step(directory.name):
+        raise CheckpointError(f"{directory}: holds step {found.step}: renamed, or mixed with another")
     for name, stored in found.files.items():
         check_size(directory / name, stored)
     return found, digest
 
 
-def scan(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
+def scan(
+    root: Path, wanted: Callable[[int], bool] = lambda step: True
+) -> list[tuple[Path, Manifest | CheckpointError]]:
     """Every checkpoint below ``root``, the last one saved first, and those that are not complete at the end.
 
-    One that was set aside counts as long as nothing is in its place.
+    One that was set aside counts as long as nothing is in its place. Only ``wanted`` steps are looked at.
     """
     found: list[tuple[Path, Manifest | CheckpointError]] = []
     for path in sorted(root.iterdir(), reverse=True):
         match = _HIDDEN.fullmatch(path.name)
         aside = match and match["kind"] == "old" and not (root / match["name"]).exists()
-        if (STEP.fullmatch(path.name) or aside) and path.is_dir() and not path.is_symlink():
+        name = match["name"] if match and aside else path.name
+        if STEP.fullmatch(name) and wanted(_step(name)) and path.is_dir() and not path.is_symlink():
             try:
                 found.append((path, inspect(path)[0]))
             except CheckpointError as error:
@@ -167,8 +186,8 @@ def find(path: Path) -> tuple[Path, Manifest]:
         return path, inspect(path)[0]
     problems = []
     try:
-        name, _, digest = (path / LATEST).read_text(errors="replace").strip().partition(" ")
-        if STEP.fullmatch(name):
+        name, digest = pointed(path)
+        if STEP.fullmatch(name) and not (path / name).is_symlink():
             found, actual = inspect(path / name)
             if actual == digest:
                 return path / name, found
@@ -191,21 +210,14 @@ def find(path: Path) -> tuple[Path, Manifest]:
     raise CheckpointError("; ".join(problems) if candidates else f"{path}: there is no checkpoint in it")
 
 
-def prune(root: Path, keep: int, current: Path) -> None:
-    """Remove all complete checkpoints but ``current`` and the newest of the others, ``keep`` in all."""
-    try:
-        complete = [path for path, entry in scan(root) if isinstance(entry, Manifest) and path != current]
-    except OSError as error:
-        _log.warning("cannot look for old checkpoints in %s: %s", root, error.strerror)
-        return
-    for path in complete[keep - 1 :]:
-        discard(path)
-
-
 def failpoint(phase: str, rank: int) -> None:
     """For tests: die at once, as in a crash, if the variable HPCMP_FAILPOINT is ``phase:rank`` or ``phase:all``."""
     if os.environ.get("HPCMP_FAILPOINT") in (f"{phase}:{rank}", f"{phase}:all"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def _is_checkpoint(path: Path) -> bool:

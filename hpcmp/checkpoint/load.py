@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,12 @@ class Checkpoint:
         with agreed(self.mesh, lambda who, why: CheckpointError(f"{why} (some arrays are already overwritten)")):
             self._fill(fills)
 
+    def check(self, slabs: Iterable[Slab]) -> None:
+        """Do the first half of ``load``: CheckpointError, on all ranks, if not every slab could be filled with what
+        was saved. Collective if opened with a mesh."""
+        with agreed(self.mesh, _failed):
+            self._verify(self._plan(slabs))
+
     def read(self, name: str, index: Index | None = None, *, verify: bool = True) -> NDArray[Any]:
         """The tensor ``name``, or the part of it at ``index``, on the host; checked as by ``load``. Not collective."""
         if name not in self.tensors:
@@ -100,8 +106,11 @@ class Checkpoint:
         """The tensors that are in the checkpoint and not among ``names``."""
         return sorted(set(self.tensors) - set(names))
 
-    def verify(self) -> list[str]:
-        """Read every byte; a line for each thing that is wrong, naming file and tensor. Empty if all is sound."""
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Read every byte; a line for each thing that is wrong, naming file and tensor. Empty if all is sound.
+
+        progress: is told, piece by piece, how many bytes of numbers have been read, of how many.
+        """
         try:
             strange = {entry.name for entry in self.path.iterdir()} - {manifest.NAME, *self.manifest.files}
         except OSError as error:
@@ -111,6 +120,7 @@ class Checkpoint:
         for _, tensor in sorted(self.manifest.tensors.items()):
             for piece in tensor.pieces:
                 groups[piece.file].append((tensor, piece))
+        done, total = 0, sum(tensor.size * tensor.itemsize for tensor in self.manifest.tensors.values())
         for name, pairs in groups.items():
             try:
                 with self._open(name) as file:
@@ -119,6 +129,9 @@ class Checkpoint:
                             self._check(file, tensor, piece)
                         except CheckpointError as error:
                             problems.append(str(error))
+                        done += piece.region.size * tensor.itemsize
+                        if progress:
+                            progress(done, total)
             except CheckpointError as error:
                 problems.append(str(error))
         return problems
@@ -166,7 +179,7 @@ class Checkpoint:
                         fill.slab.data[block.relative(origin)] = xp.asarray(values)
 
     def _open(self, name: str) -> reader.OpenFile:
-        return reader.open_checked(self.path / name, self.manifest.files[name])
+        return reader.open_checked(self.path / name, self.manifest.files[name], self.manifest.algorithm)
 
     def _dataset(self, tensor: Tensor, piece: Piece) -> tuple[str, tuple[int, ...], str, tuple[int, ...]]:
         shape, origin = self.manifest.dataset_shape(tensor, piece), self.manifest.origin(piece)

@@ -1,8 +1,8 @@
 """manifest.json: what a checkpoint holds and where each byte of it lies, under one digest.
 
 The file is the canonical JSON of its content, with the SHA-256 of the canonical JSON of all the rest: any other text is
-refused. The data files are covered by CRC-32s in the manifest, every byte once: a piece's numbers by the piece's
-digest, all else in a file (what HDF5 keeps there) by the file's.
+refused. The data files are covered by digests in the manifest, every byte once: a piece's numbers by the piece's
+digest, all else in a file (what HDF5 keeps there) by the file's. ``algorithm`` names the digest; version 1 had CRC-32.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,23 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..plain import read_whole
+from . import digest
 from .slab import Region, check_tiling
 
 NAME = "manifest.json"
 FORMAT = "hpcmp-checkpoint"
-VERSION = 1
+VERSION = 2
 LIMIT = 64 << 20  # bytes of a manifest: some 400,000 pieces
+DEPTH = 32  # of objects and lists within objects and lists in the state: nothing that handles it runs out of stack
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 _WORD = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 TENSOR = re.compile(rf"{_WORD}(/{_WORD})*")
 DATASET = re.compile(rf"{_WORD}(/{_WORD})*(@[0-9]+)?")
 FILE = re.compile(rf"{_WORD}\.h5")
-DIGEST = re.compile("[0-9a-f]{8}")
+TIME = re.compile("[0-9T:.+-]{1,40}")
+STORAGES = ("files", "node", "shared", "mpio")
 
 
 def on_disk(dtype: str) -> np.dtype[Any]:
@@ -42,7 +44,7 @@ def on_disk(dtype: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A region of a tensor, as one rank wrote it: in which dataset of which file; the CRC-32 of its C-order bytes."""
+    """A region of a tensor, as one rank wrote it: in which dataset of which file; the digest of its C-order bytes."""
 
     file: str
     dataset: str
@@ -77,7 +79,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file's length, where pieces' numbers lie in it as (offset, bytes), and the CRC-32 of all its other bytes."""
+    """A file's length, where pieces' numbers lie in it as (offset, bytes), and the digest of all its other bytes."""
 
     bytes: int
     extents: tuple[tuple[int, int], ...]
@@ -86,7 +88,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """step: the optimizer step. saved: when, in UTC. storage: "files" or "mpio". state: the caller's, plain JSON."""
+    """step: the optimizer step. saved: when, in UTC. storage: one of STORAGES. state: the caller's, plain JSON.
+    algorithm: of the digests.
+    """
 
     step: int
     saved: str
@@ -94,9 +98,11 @@ class Manifest:
     files: dict[str, DataFile]
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    algorithm: str = digest.ALGORITHM
 
     def render(self) -> bytes:
-        """The text of the file. Raises ValueError if it would be too long to be read again."""
+        """The text of the file. Raises ValueError if it would be too long, or ``state`` too deep, to be read again."""
+        _need(not _deeper(self.state, DEPTH), f"state is nested more than {DEPTH} deep")
         text = _render({"format": FORMAT, "version": VERSION, **asdict(self)})
         if len(text) > LIMIT:
             raise ValueError(
@@ -104,23 +110,29 @@ class Manifest:
             )
         return text
 
+    @property
+    def whole(self) -> bool:
+        """Whether each tensor is one dataset of a file that all ranks share, and not a dataset for each piece."""
+        return is_whole(self.storage)
+
     def origin(self, piece: Piece) -> tuple[int, ...]:
         """Where in the tensor the first element of the piece's dataset lies."""
-        return piece.start if self.storage == "files" else (0,) * len(piece.start)
+        return (0,) * len(piece.start) if self.whole else piece.start
 
     def dataset_shape(self, tensor: Tensor, piece: Piece) -> tuple[int, ...]:
         """The shape of the piece's dataset: its own, or the tensor's where all ranks share a file."""
-        return piece.count if self.storage == "files" else tensor.shape
+        return tensor.shape if self.whole else piece.count
+
+
+def is_whole(storage: str) -> bool:
+    """Whether ``storage`` keeps each tensor in one dataset."""
+    return storage in ("shared", "mpio")
 
 
 def read(path: Path) -> tuple[Manifest, str]:
     """The manifest in the file ``path``, and the SHA-256 of its text. Raises CheckpointError naming the file."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
-                raise CheckpointError(f"{path}: not a file of at most {LIMIT} bytes")
-            text = file.read(status.st_size)
+        text = read_whole(path, LIMIT)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     return parse(text, path), hashlib.sha256(text).hexdigest()
@@ -135,9 +147,9 @@ def parse(text: bytes, path: Path) -> Manifest:
         content.pop("sha256", None)
         if _render(content) != text:
             raise ValueError("damaged: the text does not have the digest that is written in it")
-        if content["version"] != VERSION:
-            raise ValueError(f"format version {content['version']}; this hpcmp reads version {VERSION}")
-        return _checked(content)
+        if content["version"] not in (1, VERSION):
+            raise ValueError(f"format version {content['version']!r:.40}; this hpcmp reads versions 1 and {VERSION}")
+        return _checked(content | {"algorithm": "crc32"} if content["version"] == 1 else content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -151,11 +163,12 @@ def _render(content: dict[str, Any]) -> bytes:
 
 def _checked(content: dict[str, Any]) -> Manifest:
     """Every value of the kind and in the range that the rest of the code relies on."""
-    if content["storage"] not in ("files", "mpio"):
-        raise ValueError(f"unknown storage {content['storage']!r}")
+    _need(content["storage"] in STORAGES, f"unknown storage {content['storage']!r:.80}")
+    _need(content["algorithm"] in digest.DIGITS, f"unknown algorithm {content['algorithm']!r:.80} of digests")
+    digests = re.compile(f"[0-9a-f]{{{digest.DIGITS[content['algorithm']]}}}")
     files = {}
     for name, entry in content["files"].items():
-        _need(FILE.fullmatch(name), f"{name!r} is not the plain name of a data file")
+        _need(FILE.fullmatch(name), f"{name!r:.80} is not the plain name of a data file")
         extents = []
         end = 0
         for pair in entry["extents"]:
@@ -164,8 +177,10 @@ def _checked(content: dict[str, Any]) -> Manifest:
             end = offset + length
             extents.append((offset, length))
         _need(_integers([entry["bytes"]])[0] >= end, f"{name}: extents end beyond the file")
-        files[name] = DataFile(entry["bytes"], tuple(extents), _matched(DIGEST, entry["digest"]))
-    tensors = {_matched(TENSOR, name): _tensor(name, entry, files) for name, entry in content["tensors"].items()}
+        files[name] = DataFile(entry["bytes"], tuple(extents), _matched(digests, entry["digest"]))
+    tensors = {
+        _matched(TENSOR, name): _tensor(name, entry, files, digests) for name, entry in content["tensors"].items()
+    }
     used = dict.fromkeys(files, 0)
     for tensor in tensors.values():
         for piece in tensor.pieces:
@@ -173,22 +188,24 @@ def _checked(content: dict[str, Any]) -> Manifest:
     for name, file in files.items():
         _need(used[name] == sum(length for _, length in file.extents), f"{name}: extents and pieces differ in size")
     _need(isinstance(content["state"], dict), "state is not an object")
-    _need(isinstance(content["saved"], str), "saved is not a text")
+    _need(not _deeper(content["state"], DEPTH), f"state is nested more than {DEPTH} deep")
+    saved = content["saved"]
+    _need(isinstance(saved, str) and TIME.fullmatch(saved), "saved is not a text that names a time")
     step = _integers([content["step"]])[0]
-    return Manifest(step, content["saved"], content["storage"], files, tensors, content["state"])
+    return Manifest(step, saved, content["storage"], files, tensors, content["state"], content["algorithm"])
 
 
-def _tensor(name: str, entry: dict[str, Any], files: dict[str, DataFile]) -> Tensor:
+def _tensor(name: str, entry: dict[str, Any], files: dict[str, DataFile], digests: re.Pattern[str]) -> Tensor:
     shape = _integers(entry["shape"])
-    _need(entry["dtype"] in DTYPES, f"{name}: unknown dtype {entry['dtype']!r}")
+    _need(entry["dtype"] in DTYPES, f"{name}: unknown dtype {entry['dtype']!r:.80}")
     pieces = []
     for part in entry["pieces"]:
         start, count = (_integers(part[key], len(shape)) for key in ("start", "count"))
         within = all(0 < n and a + n <= whole for a, n, whole in zip(start, count, shape, strict=True))
         _need(within, f"{name}: a piece lies outside the tensor")
-        _need(part["file"] in files, f"{name}: a piece lies in {part['file']!r}, which is not listed")
+        _need(part["file"] in files, f"{name}: a piece lies in {part['file']!r:.80}, which is not listed")
         pieces.append(
-            Piece(part["file"], _matched(DATASET, part["dataset"]), start, count, _matched(DIGEST, part["digest"]))
+            Piece(part["file"], _matched(DATASET, part["dataset"]), start, count, _matched(digests, part["digest"]))
         )
     try:
         check_tiling(shape, [piece.region for piece in pieces])
@@ -204,8 +221,18 @@ def _integers(values: Any, length: int | None = None) -> tuple[int, ...]:
     return tuple(values)
 
 
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested more than ``levels`` deep."""
+    level = [value]
+    for _ in range(levels + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    return bool(level)
+
+
 def _matched(pattern: re.Pattern[str], value: Any) -> str:
-    _need(isinstance(value, str) and pattern.fullmatch(value), f"{value!r} is not a name of the form {pattern.pattern}")
+    fits = isinstance(value, str) and pattern.fullmatch(value)
+    _need(fits, f"{value!r:.80} is not a name of the form {pattern.pattern}")
     return str(value)
 
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from ..errors import HpcmpError, InputError
-from . import directory, reader, writer
+from . import background, directory, share
 from .agree import agreed, broadcast, gather
-from .manifest import DTYPES, TENSOR, DataFile, Manifest, Piece, Tensor
-from .slab import Region, Slab, check_tiling
-from .writer import Dataset
+from .background import Task
+from .plan import Plan
+from .retention import Keep, prune
+from .slab import Slab
+from .snapshot import Copying, Memory, Snapshot
+from .storage import Storage
+from .tiling import in_order, make_plan
 
 if TYPE_CHECKING:
     from ..comm.mesh import Mesh
 
-Storage = Literal["auto", "files", "mpio"]
-Kind = tuple[tuple[int, ...], str]  # a tensor's shape and dtype
-Part = tuple[Slab, Region]
-Written = tuple[str, DataFile | None, list[tuple[str, Piece]]]  # by one rank: file name, facts of the file, pieces
-SHARED = "tensors.h5"
+T = TypeVar("T")
 
 
 class CheckpointSaveError(HpcmpError):
@@ -35,6 +37,17 @@ class CheckpointSaveError(HpcmpError):
     """
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: its step, its path, and the seconds from the call to the commit, as far as the caller
+    could see (at a ``poll``); ``held``: those of them in which this rank was held up."""
+
+    step: int
+    path: Path
+    seconds: float
+    held: float
+
+
 def save(
     root: Path | str,
     step: int,
@@ -42,158 +55,204 @@ def save(
     state: dict[str, Any],
     mesh: Mesh,
     *,
-    storage: Storage = "auto",
-    keep: int | None = 2,
+    storage: Storage | str = "auto",
+    keep: Keep | int | None = 2,
 ) -> Path:
-    """Save ``slabs`` and ``state`` as ``root/step_<step>``; returns that path. Collective.
+    """Save ``slabs`` and ``state`` as ``root/step_<step>``; returns that path. Collective. See ``Saver``."""
+    return Saver(root, mesh, storage=storage, keep=keep).save(step, slabs, state).path
+
+
+class Saver:
+    """Saves checkpoints in the directory ``root``: at once, or behind the training that goes on.
+
+        saver.save(step, slabs, state)      # returns when it is committed
+
+        saver.begin(step, slabs, state)     # returns at once
+        saver.settle()                      # before anything writes to the slabs' arrays: waits until they are copied
+        saver.poll()                        # between steps: what is committed by now, or None
+        saver.wait()                        # at the end: waits until there is nothing to poll for
 
     slabs: what this rank writes. Over all ranks the slabs of a name tile its shape exactly once; empty ones are
     dropped, and a rank may have none. state: anything JSON can hold, the same on all ranks (rank 0's is stored).
-    storage: "files", a file per rank (what "auto" means); "mpio", one file written by all through MPI-IO. keep: how
-    many checkpoints stay, this one included; None for all. A checkpoint of the same step is replaced.
+    storage: a ``Storage``, or its kind: "auto" means a file for each rank. keep: a ``Keep``, or how many
+    checkpoints stay, this one included; None for all. A checkpoint of the same step is replaced.
+
+    All methods but ``settle`` and ``abandon`` are collective, and raise CheckpointSaveError, the same on all ranks, if
+    the save fails: then there is none any more, and nothing else has changed. In the background a rank needs memory for
+    a copy of its slabs, which is kept for the next save. One save at a time, and one saver of a directory.
 
     The order of things is in docs/checkpoints.md: a crash at any moment leaves this checkpoint or the one before it.
-    Raises CheckpointSaveError, the same on all ranks; InputError for a wrong ``storage`` or ``keep``.
+    Raises InputError for a wrong ``storage``, ``keep`` or ``step``.
     """
-    root, step = Path(root), int(step)
-    shared = _is_shared(storage, mesh)
-    if step < 0 or (keep is not None and keep < 1):
-        raise InputError(f"a checkpoint's step must be 0 or more and keep at least 1: step={step}, keep={keep}")
-    final = root / directory.step_name(step)
-    at = partial(directory.failpoint, rank=mesh.rank)
 
-    def failed(who: str, why: str) -> CheckpointSaveError:
-        return CheckpointSaveError(f"{root}: step {step} is not saved: {who}{why}")
+    def __init__(
+        self, root: Path | str, mesh: Mesh, *, storage: Storage | str = "auto", keep: Keep | int | None = 2
+    ) -> None:
+        self.root, self.mesh = Path(root), mesh
+        self.keep = None if keep is None else Keep.of(keep)
+        self.storage = Storage.of(storage)
+        self.storage.check(mesh)
+        self._failpoint = partial(directory.failpoint, rank=mesh.rank)
+        self._plan: Plan | None = None
+        self._memory = Memory()
+        self._saving: Generator[None, None, Path] | None = None
+        self._copying: Copying | None = None
+        self._task: Task[Any] | None = None
+        self._blocking = False
+        self._step, self._began, self._held = 0, 0.0, 0.0
 
-    temporary: Path | None = None
-    kinds: dict[str, Kind] = {}
-    try:
-        with agreed(mesh, failed):
-            parts = _parts(slabs)
-            json.dumps(state, sort_keys=True)
-        told = gather(mesh, [(slab.name, _kind(slab), region) for slab, region in parts])
-        with agreed(mesh, failed):
-            if mesh.rank == 0:
-                kinds = _check(told)
-                temporary = directory.begin(root, step)
-            at("create")
-        temporary, kinds = broadcast(mesh, (temporary, kinds))
-        path = Path(temporary or "", SHARED if shared else f"rank_{mesh.rank:05d}.h5")
-        with agreed(mesh, failed):
-            datasets = _shared_datasets(kinds) if shared else _own_datasets(parts)
-            lays_out = mesh.rank == 0 if shared else bool(parts)
-            if lays_out:
-                writer.lay_out(path, datasets)
-        with agreed(mesh, failed):
-            written = _write(path, parts, datasets, mesh, at, shared)
-        gathered = gather(mesh, written)
-        with agreed(mesh, failed):
-            if mesh.rank == 0 and temporary:
-                text = _manifest(step, "mpio" if shared else "files", kinds, gathered, state).render()
-                directory.commit(temporary, final, text, at)
-        at("prune")
-        if mesh.rank == 0 and keep is not None:
-            directory.prune(root, keep, final)
-    except CheckpointSaveError:
-        if mesh.rank == 0 and temporary and temporary.exists():
-            directory.discard(temporary)
-        raise
-    return final
+    @property
+    def running(self) -> int | None:
+        """The step whose save has begun and not ended, as far as ``poll`` and ``wait`` know; else None."""
+        return None if self._saving is None else self._step
 
+    def save(self, step: int, slabs: Iterable[Slab], state: dict[str, Any]) -> Saved:
+        """Save, and return when the checkpoint is committed."""
+        self._start(step, slabs, state, behind=False)
+        done = self._advance()
+        assert done is not None  # nothing was left to a thread
+        return done
 
-def _is_shared(storage: str, mesh: Mesh) -> bool:
-    if storage not in ("auto", "files", "mpio"):
-        raise InputError(f"unknown storage {storage!r} of a checkpoint: it is auto, files or mpio")
-    if storage != "mpio":
-        return False
-    import h5py
+    def begin(self, step: int, slabs: Iterable[Slab], state: dict[str, Any]) -> None:
+        """Begin to save in the background. Until ``settle`` returns, nothing may write to the slabs' arrays.
 
-    if mesh.comm is not None and not h5py.get_config().mpi:
-        raise InputError("storage mpio needs an h5py that was built with MPI; storage files works with any")
-    return True
+        Raises InputError for storage "mpio", whose ranks write together.
+        """
+        if self.storage.kind == "mpio":
+            raise InputError("storage mpio cannot be written in the background: its ranks write together")
+        self._start(step, slabs, state, behind=True)
+        self._advance()
 
+    def settle(self) -> None:
+        """Wait until this rank's slabs are copied, so that they may change. At other times nothing."""
+        if self._copying is not None:
+            start = time.perf_counter()
+            self._copying.settle()
+            self._copying = None
+            self._held += time.perf_counter() - start
 
-def _parts(slabs: Iterable[Slab]) -> list[Part]:
-    """The slabs that are not empty, checked, in the order of their names."""
-    parts = [(slab, region) for slab in slabs if (region := slab.region())]
-    for slab, _ in parts:
-        if not TENSOR.fullmatch(slab.name):
-            raise ValueError(f"{slab.name!r} cannot be a tensor's name: words of A-Z a-z 0-9 _ . - joined by /")
-        if slab.data.dtype.name not in DTYPES:
-            raise ValueError(f"{slab.name}: dtype {slab.data.dtype} cannot be saved; these can: {', '.join(DTYPES)}")
-    return sorted(parts, key=lambda part: (part[0].name, part[1].start))
+    def poll(self) -> Saved | None:
+        """Take the save in the background further, if it is ready for that; returns it once it is committed.
 
+        Does not wait for a disk. While a save is running, one sum of one number over all ranks.
+        """
+        return self._advance()
 
-def _kind(slab: Slab) -> Kind:
-    return tuple(map(int, slab.shape)), slab.data.dtype.name
-
-
-def _check(told: Sequence[Sequence[tuple[str, Kind, Region]]]) -> dict[str, Kind]:
-    """The tensors that the ranks' slabs make up, in order of their names; ValueError if they do not."""
-    kinds: dict[str, Kind] = {}
-    regions: dict[str, list[Region]] = {}
-    for rank, slabs in enumerate(told):
-        for name, kind, region in slabs:
-            if kinds.setdefault(name, kind) != kind:
-                raise ValueError(
-                    f"{name}: {kind[1]} {kind[0]} on rank {rank}, {kinds[name][1]} {kinds[name][0]} before it"
-                )
-            regions.setdefault(name, []).append(region)
-    for name, parts in regions.items():
+    def wait(self) -> Saved | None:
+        """Wait until the save in the background is committed; None if there is none."""
+        self._blocking = True
         try:
-            check_tiling(kinds[name][0], parts)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        for parent in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
-            if parent in kinds:
-                raise ValueError(f"{parent} is a tensor, so that {name} cannot be one")
-    return dict(sorted(kinds.items()))
+            return self._advance()
+        finally:
+            self._blocking = False
 
+    def abandon(self) -> None:
+        """Give up the save in the background, on this rank alone: it waits for no other rank, nor long for a disk.
 
-def _write(
-    path: Path, parts: Sequence[Part], datasets: Sequence[Dataset], mesh: Mesh, at: Callable[[str], None], shared: bool
-) -> Written:
-    """Write this rank's parts, read them back, and say what the manifest needs to know."""
-    if not parts and not shared:
-        return path.name, None, []
-    by_name = {item.path: item for item in datasets}
-    targets = [by_name[slab.name] for slab, _ in parts] if shared else datasets
-    pairs = [(target, slab, region) for target, (slab, region) in zip(targets, parts, strict=True)]
-    digests = writer.write(path, pairs, mesh.comm if shared else None, at)
-    at("digest")
-    pieces = []
-    with reader.OpenFile(path) as file:
-        for (target, slab, region), digest in zip(pairs, digests, strict=True):
-            if file.digest(target.path, target.shape, target.dtype, target.origin, region) != digest:
-                raise OSError(f"{path}: {slab.name} does not read back as it was written")
-            pieces.append((slab.name, Piece(path.name, target.path, region.start, region.count, digest)))
-    facts = None if shared and mesh.rank else reader.measure(path, [item.path for item in datasets])
-    return path.name, facts, pieces
+        What there is of it is removed when something is saved in this directory again.
+        """
+        self._saving, self._copying = None, None
+        if self._task is not None:
+            self._task.give_up()
+            self._task = None
 
+    def _start(self, step: int, slabs: Iterable[Slab], state: dict[str, Any], behind: bool) -> None:
+        if self._saving is not None:
+            raise RuntimeError(f"the save of step {self._step} has not ended: wait() comes before the next")
+        if step < 0:
+            raise InputError(f"a checkpoint's step must be 0 or more, not step={step}")
+        self._step, self._began, self._held = int(step), time.perf_counter(), 0.0
+        self._saving = self._phases(slabs, state, behind)
 
-def _shared_datasets(kinds: dict[str, Kind]) -> list[Dataset]:
-    """A dataset for each tensor, whole."""
-    return [Dataset(name, shape, dtype, (0,) * len(shape), shape) for name, (shape, dtype) in kinds.items()]
+    def _advance(self) -> Saved | None:
+        """Run the save to where it has to wait for threads; with ``_blocking``, to its end."""
+        if self._saving is None:
+            return None
+        start, saving = time.perf_counter(), self._saving
+        self._saving = None  # unless it goes on
+        try:
+            next(saving)
+        except StopIteration as end:
+            now = time.perf_counter()
+            return Saved(self._step, end.value, now - self._began, self._held + now - start)
+        self._saving = saving
+        self._held += time.perf_counter() - start
+        return None
 
+    def _phases(self, slabs: Iterable[Slab], state: dict[str, Any], behind: bool) -> Generator[None, None, Path]:
+        """A save from its beginning to its end; yields while there is work left to threads (``behind``)."""
+        mesh, step = self.mesh, self._step
+        temporary: Path | None = None
+        try:
+            with agreed(mesh, self._failed):
+                mine = in_order(slabs)
+                state = json.loads(json.dumps(state, sort_keys=True))
+            plan = self._plan = make_plan(mine, self.storage.kind, mesh, self._plan, self._failed)
+            with agreed(mesh, self._failed):
+                if mesh.rank == 0:
+                    temporary = directory.begin(self.root, step)
+                self._failpoint("create")
+                if behind:
+                    copies = self._memory.like(mine)
+                    self._copying = Copying(mine, copies)
+                    mine = copies
+            folder = broadcast(mesh, temporary)
+            snapshot = Snapshot(step, tuple(mine), state, datetime.now(UTC))
+            yield from self._agreed(partial(self._lay_out, folder, plan, self._copying), behind)
+            written = yield from self._agreed(partial(self._write, folder, plan, snapshot), behind)
+            gathered = gather(mesh, written)
+            yield from self._agreed(partial(self._commit, folder, plan, gathered, snapshot), behind)
+        except CheckpointSaveError:
+            if temporary and temporary.exists():
+                directory.discard(temporary)
+            raise
+        finally:
+            self._copying = None
+        if mesh.rank:
+            self._failpoint("prune")
+        return self.root / directory.step_name(step)
 
-def _own_datasets(parts: Sequence[Part]) -> list[Dataset]:
-    """A dataset for each part: named after its tensor, and @1, @2, ... for further parts of the same one."""
-    seen: Counter[str] = Counter()
-    datasets = []
-    for slab, region in parts:
-        path = f"{slab.name}@{seen[slab.name]}" if seen[slab.name] else slab.name
-        seen[slab.name] += 1
-        shape, dtype = _kind(slab)
-        datasets.append(Dataset(path, region.count, dtype, region.start, shape))
-    return datasets
+    def _lay_out(self, folder: Path, plan: Plan, copying: Copying | None) -> None:
+        if copying:
+            copying.finish(self._at)
+        share.lay_out(folder, plan, self.storage)
 
+    def _write(self, folder: Path, plan: Plan, snapshot: Snapshot) -> share.Written:
+        return share.write(folder, plan, snapshot.slabs, self.storage, self.mesh.comm, self._at)
 
-def _manifest(step: int, storage: str, kinds: dict[str, Kind], gathered: Sequence[Written], state: Any) -> Manifest:
-    pieces: dict[str, list[Piece]] = {name: [] for name in kinds}
-    for _, _, pairs in gathered:
-        for name, piece in pairs:
-            pieces[name].append(piece)
-    files = {name: facts for name, facts, _ in gathered if facts}
-    tensors = {name: Tensor(*kind, tuple(pieces[name])) for name, kind in kinds.items()}
-    saved = datetime.now(UTC).isoformat(timespec="microseconds")
-    return Manifest(step, saved, storage, files, tensors, state)
+    def _commit(self, folder: Path, plan: Plan, gathered: list[share.Written], snapshot: Snapshot) -> None:
+        """What is left to rank 0 when all ranks have written. Not to be given up half way."""
+        if self.mesh.rank == 0:
+            final = self.root / snapshot.name
+            text = share.manifest(snapshot.step, plan, gathered, snapshot.state, snapshot.taken).render()
+            directory.commit(folder, final, text, self._failpoint)
+            self._failpoint("prune")
+            if self.keep is not None:
+                prune(self.root, self.keep, final)
+
+    def _agreed(self, work: Callable[[], T], behind: bool) -> Generator[None, None, T]:
+        """What ``work`` returns, when it has ended on every rank; ``behind``: done in a thread, which yields till then.
+
+        What it raises on any rank is raised on all.
+        """
+        if behind:
+            self._task = task = Task(work)
+            ranks = self.mesh[self.mesh.axes]
+            while True:
+                if self._blocking:
+                    task.finish()
+                if not ranks.all_reduce(np.array([float(task.is_alive())]), "max").wait()[0]:
+                    break
+                yield
+            self._task, work = None, task.result
+        with agreed(self.mesh, self._failed):
+            result = work()
+        return result
+
+    def _at(self, phase: str) -> None:
+        """Where work can be given up, or killed in a test."""
+        self._failpoint(phase)
+        background.check()
+
+    def _failed(self, who: str, why: str) -> CheckpointSaveError:
+        return CheckpointSaveError(f"{self.root}: step {self._step} is not saved: {who}{why}")

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,11 @@ class Slab:
             if not 0 <= s.start < s.stop <= n or s.step not in (None, 1):
                 raise ValueError(f"{self.name}: {s} is not a contiguous part of an axis of {n}")
         return region
+
+
+def placeholder(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Slab:
+    """The whole of a tensor with no memory for its numbers: for a question that does not look at them."""
+    return Slab(name, shape, tuple(slice(0, n) for n in shape), np.broadcast_to(np.empty((), dtype), shape))
 
 
 def check_tiling(shape: tuple[int, ...], regions: Sequence[Region]) -> None:

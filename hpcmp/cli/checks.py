@@ -154,7 +154,9 @@ def parallel_hdf5() -> Check:
     """Whether h5py writes one file from many ranks."""
     h5py, _ = _load("h5py")
     mpio = bool(h5py and h5py.get_config().mpi)
-    return Check("parallel HDF5", "ok", "mpio driver" if mpio else "no mpio driver: checkpoints are a file per rank")
+    return Check(
+        "parallel HDF5", "ok", "mpio driver" if mpio else "no mpio driver: checkpoint.storage may be any but mpio"
+    )
 
 
 def gpus() -> int:

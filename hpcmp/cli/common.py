@@ -25,7 +25,7 @@ OK, FAILED, BAD_INPUT, INTERNAL, CONTINUE, SIGNAL = 0, 1, 2, 70, 75, 128
 EXIT_CODES = {
     "0": "success",
     "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem",
-    "2": "bad input: one line on stderr names the file, key or flag",
+    "2": "bad input, or a directory that another run is using: one line on stderr names the file, key or flag",
     "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
     "75": "stopped early with a checkpoint, at the time limit or by SIGTERM or SIGUSR1: run it again to go on",
     "128 + n": "ended by signal n: 130 after Ctrl-C, 139 after a segmentation fault",

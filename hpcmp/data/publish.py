@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import InputError
-from .hdf5 import reason
+from ..errors import InputError, reason
 
 
 @contextmanager

@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..hdf5 import Hdf5File
 from . import hdf5
 from .corpus import SKIPPED
 from .tokenizer import Tokenizer, tokenizer_from
 
 FORMAT = "hpcmp-tokens"
 VERSION = 1
+TOKENIZER = 64 << 20  # bytes of a tokenizer at most, which is read whole
 SPLITS = ("train", "valid")
 #: What the file counts, over both splits: files taken, bytes of text, and files left out by reason.
 COUNTS = ("files", "bytes", *(f"skipped_{reason}" for reason in SKIPPED))
@@ -38,26 +40,25 @@ class Split:
     documents and their text in bytes.
     """
 
-    def __init__(self, group: Any, name: str, vocabulary: int, path: Path) -> None:
-        self.name = f"{path}: {name}"
+    def __init__(self, file: Hdf5File, name: str, vocabulary: int) -> None:
+        self.name = f"{file.path}: {name}"
         self.vocabulary = vocabulary
-        self._path = path
-        self._tokens = hdf5.dataset(group, "tokens", ("<u1", "<u2", "<u4"), path)
-        self._offsets = hdf5.dataset(group, "documents", ("<i8",), path)
+        self._tokens = hdf5.Column(file, f"{name}/tokens", ("<u1", "<u2", "<u4"))
+        self._offsets = hdf5.Column(file, f"{name}/documents", ("<i8",))
         self.dtype: np.dtype[Any] = self._tokens.dtype
-        self.digest = hdf5.text(self._tokens, "digest", path)
-        self.documents = hdf5.integer(group, "documents", path)
-        self.bytes = hdf5.integer(group, "bytes", path)
-        if len(self) != hdf5.integer(group, "tokens", path) or self._offsets.size != self.documents + 1:
+        self.digest = self._tokens.text("digest")
+        self.documents = file.integer(name, "documents")
+        self.bytes = file.integer(name, "bytes")
+        if len(self) != file.integer(name, "tokens") or self._offsets.size != self.documents + 1:
             raise DataError(f"{self.name} is damaged: its counts of tokens and documents differ from its arrays")
-        ends = hdf5.read(self._offsets, 0, 1, path)[0], hdf5.read(self._offsets, self.documents, None, path)[0]
+        ends = (*self._offsets.read(0, 1), *self._offsets.read(self.documents, self.documents + 1))
         if ends != (0, len(self)):
             raise DataError(
                 f"{self.name}/documents is damaged: it runs from {ends[0]} to {ends[1]}, not 0 to {len(self)}"
             )
 
     def __len__(self) -> int:
-        return int(self._tokens.size)
+        return self._tokens.size
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Tokens ``start`` to ``start + count``, shape (count,), in the file's dtype; nothing else is read.
@@ -66,7 +67,7 @@ class Split:
         """
         if start < 0 or count < 0 or start + count > len(self):
             raise IndexError(f"{self.name} has {len(self)} tokens, not {start} to {start + count}")
-        tokens = hdf5.read(self._tokens, start, start + count, self._path)
+        tokens = self._tokens.read(start, start + count)
         if count and int(tokens.max()) >= self.vocabulary:
             at = int(np.argmax(tokens >= self.vocabulary))
             raise DataError(
@@ -79,7 +80,7 @@ class Split:
         """Where documents ``first`` to ``first + count`` begin, and where the last ends: int64, shape (count + 1,)."""
         if first < 0 or count < 0 or first + count > self.documents:
             raise IndexError(f"{self.name} has {self.documents} documents, not {first} to {first + count}")
-        offsets = hdf5.read(self._offsets, first, first + count + 1, self._path)
+        offsets = self._offsets.read(first, first + count + 1)
         if (np.diff(offsets) <= 0).any() or offsets[0] < 0 or offsets[-1] > len(self):
             raise DataError(f"{self.name}/documents is damaged: offsets from {first} on do not increase")
         return offsets
@@ -94,8 +95,8 @@ class Split:
         digest = hdf5.new_digest()
         for first in range(0, self.documents, hdf5.BLOCK):
             digest.update(self.offsets(first, min(hdf5.BLOCK, self.documents - first))[:-1])
-        digest.update(hdf5.read(self._offsets, self.documents, None, self._path))
-        if digest.hexdigest() != hdf5.text(self._offsets, "digest", self._path):
+        digest.update(self._offsets.read(self.documents, self.documents + 1))
+        if digest.hexdigest() != self._offsets.text("digest"):
             raise DataError(f"{self.name}/documents is damaged: its digest is not the one stored when it was written")
 
 
@@ -119,28 +120,33 @@ class TokenFile:
 
     def _check(self) -> None:
         file, path = self._file, self.path
-        version = hdf5.integer(file, "version", path)
+        version = file.integer("", "version")
         if version != VERSION:
             raise DataError(
                 f"{path} has format version {version}, this hpcmp reads version {VERSION}: prepare it again"
             )
-        self.vocabulary = hdf5.integer(file, "vocabulary", path)
-        self.end_of_document = hdf5.integer(file, "end_of_document", path)
-        self.tokenizer_name = hdf5.text(file, "tokenizer", path)
-        self.inputs = hdf5.text(file, "inputs", path)
-        self.counts = {name: hdf5.integer(file, name, path) for name in COUNTS}
+        self.vocabulary = file.integer("", "vocabulary")
+        self.end_of_document = file.integer("", "end_of_document")
+        self.tokenizer_name = file.text("", "tokenizer")
+        self.inputs = file.text("", "inputs")
+        self.counts = {name: file.integer("", name) for name in COUNTS}
         if not self.end_of_document < self.vocabulary < 2**31:
             raise DataError(f"{path} is damaged: end of document {self.end_of_document}, vocabulary {self.vocabulary}")
-        self._splits = {name: Split(hdf5.subgroup(file, name, path), name, self.vocabulary, path) for name in SPLITS}
-        self._definition = hdf5.dataset(file, "tokenizer", ("|u1",), path)
+        self._splits = {name: Split(file, name, self.vocabulary) for name in SPLITS}
+        self._definition = hdf5.Column(file, "tokenizer", ("|u1",))
 
     @property
     def definition(self) -> str:
         """The stored tokenizer as one string, for ``tokenizer_from``; needs no tokenizer package."""
-        raw = hdf5.read(self._definition, 0, None, self.path).tobytes()
-        if hashlib.sha256(raw).hexdigest() != hdf5.text(self._definition, "sha256", self.path):
+        if self._definition.size > TOKENIZER:
+            raise DataError(f"{self.path}: tokenizer is longer than {TOKENIZER} bytes")
+        raw = self._definition.read(0, self._definition.size).tobytes()
+        if hashlib.sha256(raw).hexdigest() != self._definition.text("sha256"):
             raise DataError(f"{self.path}: tokenizer is damaged: its digest is not the one stored when it was written")
-        return raw.decode("utf-8")
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path}: tokenizer is not UTF-8 text") from None
 
     @property
     def tokenizer(self) -> Tokenizer:

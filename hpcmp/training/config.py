@@ -161,9 +161,31 @@ class Checkpoint(Section):
 
     directory: str = derived("checkpoints in run.directory", "where checkpoints lie")
     every: int | None = option(None, "steps between checkpoints; one is always written at the end", SIZE)
+    asynchronous: bool = option(
+        False, "write those on the way behind the steps that follow; a rank needs memory for a copy of its share"
+    )
     keep: int = option(2, "how many of the newest are kept", SIZE)
+    keep_every: int | None = option(None, "besides, those of steps that are multiples of this are kept for ever", SIZE)
+    keep_best: int = option(
+        0, "besides, so many with the lowest held-out loss, which is then taken at each save", COUNT
+    )
     resume: bool = option(True, "go on from the newest checkpoint when there is one")
-    storage: Literal["auto", "files", "mpio"] = option("auto", "a file per rank, or one through parallel HDF5")
+    fresh_optimizer: bool = option(
+        False, "go on from a checkpoint of another `optimizer.name` too, with the states of this one at zero"
+    )
+    local: str | None = option(
+        None, "a directory of each node for fast copies, on its disk or in /dev/shm; $VARIABLES and {node} are put in"
+    )
+    local_every: int | None = option(None, "steps between copies in `local`; none where there is a checkpoint", SIZE)
+    initial: str | None = option(None, "checkpoint whose weights a run begins with; the optimizer begins anew")
+    storage: Literal["auto", "files", "node", "shared", "mpio"] = option(
+        "auto", "a file per rank (`auto`), per node, or one of all ranks: by themselves, or through parallel HDF5"
+    )
+    verify: Literal["cache", "disk", "no"] = option(
+        "cache", "what is read back before a checkpoint counts: what the system has in memory, what the disk has"
+    )
+    alignment: int = option(0, "bytes: large tensors start at multiples of it; 0: the file system's block size", COUNT)
+    hints: str = option("", 'for MPI-IO (`mpio`), such as "striping_unit=4194304 cb_nodes=8"')
 
 
 @dataclass(frozen=True)
@@ -207,6 +229,12 @@ class Config:
             raise InputError(f"train.microbatch = {train.microbatch} is more than train.batch = {train.batch}")
         if self.communication.backend == "nccl" and train.device != "cuda":
             raise InputError('communication.backend = "nccl" needs train.device = "cuda"')
+        c = self.checkpoint
+        if c.keep_every is not None and (c.every is None or c.keep_every % c.every):
+            every = c.every or "none"
+            raise InputError(f"checkpoint.keep_every = {c.keep_every} is no multiple of checkpoint.every = {every}")
+        if (c.local is None) != (c.local_every is None):
+            raise InputError("checkpoint.local and checkpoint.local_every need each other: where, and how often")
         self.layout.blocks(self.model.layers)
         _check_experts(self.model, self.layout)
         return dataclasses.replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,8 @@ class Engine:
             self.stages, loss, pp, schedule, self.cursor, self._shape, self.xp.empty(0, self.dtype)
         )
         schedule(pp.rank, pp.size, self.microbatches())  # one from a file refuses too many
+        #: Called when a step is about to change the weights and the optimizer's state, which it has not done so far.
+        self.before_update: Callable[[], None] = lambda: None
 
     @property
     def share(self) -> slice:
@@ -140,6 +143,7 @@ class Engine:
         self.buckets.finish()
         assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
         rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
+        self.before_update()
         norm = self.optimizer.step(rate, scale=self.loss_scale.scale)
         skipped = self.loss_scale.update(math.isfinite(norm))
         routers = [self.cursor.losses.get(name, 0.0) for name in LOSSES]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, Slab
+from ..checkpoint import Checkpoint, Slab, open_checkpoint
+from ..checkpoint.agree import agreed
 from ..errors import CheckpointError, InputError
 from ..parallel.pieces import Piece
 from .config import Config
 from .engine import Engine
+
+log = logging.getLogger("hpcmp")
 
 #: What decides the meaning of the weights; dropout and the like may change between runs.
 _MODEL = (
@@ -42,13 +46,42 @@ def save_slabs(engine: Engine, tokenizer: str) -> Iterator[Slab]:
         yield Slab("tokenizer", text.shape, (slice(0, text.size),), text)
 
 
-def load_slabs(engine: Engine) -> list[Slab]:
-    """What this rank reads: all that it holds; ``Buckets.publish`` then makes weights to compute with of it."""
+def load_slabs(engine: Engine, *, states: bool = True) -> list[Slab]:
+    """What this rank reads: all that it holds, or the weights alone; ``Buckets.publish`` then makes weights to compute
+    with of it."""
     return [
         Slab(name, piece.parameter.shape, index, part)
         for name, piece, array in tensors(engine)
+        if states or name.startswith("model/")
         for index, part in piece.cut(array, piece.parameter.index)
     ]
+
+
+def resume(checkpoint: Checkpoint, engine: Engine, config: Config) -> None:
+    """Give ``engine`` the weights, optimizer states and loss scale of a checkpoint of any layout and precision.
+
+    Master weights and states are those that were saved, rounded only where float64 goes on in less. Those of another
+    optimizer (see ``check_same_model``) are left out: the new one's begin at zero. A loss scale goes on from float16 to
+    float16 alone: to others it says nothing. Collective. Raises CheckpointError, the same on every rank.
+    """
+    then = config_of(checkpoint)
+    same = then.optimizer.name == config.optimizer.name
+    checkpoint.load(load_slabs(engine, states=same))
+    engine.buckets.publish()
+    if same:
+        engine.optimizer.steps = checkpoint.state["optimizer_steps"]
+    elif engine.mesh.rank == 0:
+        names = checkpoint.path, then.optimizer.name, config.optimizer.name
+        log.info("checkpoint.fresh_optimizer: %s holds states of %s; those of %s begin at zero", *names)
+    if then.train.dtype == "float16" and "loss_scale" in checkpoint.state:  # else written before there was one
+        engine.loss_scale.load(checkpoint.state["loss_scale"])
+
+
+def begin_anew(engine: Engine) -> None:
+    """Give ``engine`` the state of a run that has not begun, whatever was loaded into a part of it. Collective."""
+    engine.buckets.initialise(engine.config.train.seed)
+    for _, _, array in engine.optimizer.state():
+        array[...] = 0
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
@@ -61,11 +94,44 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     """Raise CheckpointError, naming every key that differs, unless the checkpoint holds this model, and the states of
-    this optimizer (whose names alone do not tell: one's momentum is not another's)."""
+    this optimizer (whose names alone do not tell: one's momentum is not another's) or ``checkpoint.fresh_optimizer``
+    is set."""
     written = config_of(checkpoint)
-    then = written.model.resolved()  # an older one lacks keys
-    pairs = [(f"model.{key}", getattr(then, key), getattr(config.model, key)) for key in _MODEL]
-    pairs.append(("optimizer.name", written.optimizer.name, config.optimizer.name))
-    different = [f"{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]
+    if "sampler" not in checkpoint.state:
+        raise CheckpointError(f"{checkpoint.path} holds a model and no run to go on with: checkpoint.initial takes it")
+    different = _different(written, config, _MODEL)
+    a, b = written.optimizer.name, config.optimizer.name
+    if a != b and not config.checkpoint.fresh_optimizer:
+        different.append(
+            f"optimizer.name was {a!r}, now it is {b!r} (checkpoint.fresh_optimizer = true: its states begin at zero)"
+        )
     if different:
         raise CheckpointError(f"{checkpoint.path} holds another run: {'; '.join(different)}")
+
+
+def load_initial(path: str, engine: Engine, tokenizer: str) -> None:
+    """Give ``engine`` the weights alone of the checkpoint at ``path``, of a run or of an imported model; the optimizer
+    begins as in a new run. Collective. Raises CheckpointError, the same on every rank, unless it holds this model.
+
+    tokenizer: the definition of that of the data; another one in the checkpoint is worth a warning.
+    """
+    checkpoint, config = open_checkpoint(path, engine.mesh), engine.config
+    with agreed(engine.mesh, lambda who, why: CheckpointError(why)):
+        keys = [key for key in _MODEL if key != "sequence" or config.model.style == "gpt"]  # llama learns no positions
+        if different := _different(config_of(checkpoint), config, keys):
+            raise CheckpointError(f"checkpoint.initial: {checkpoint.path} holds another model: {'; '.join(different)}")
+        strange = engine.mesh.rank == 0 and "tokenizer" in checkpoint.tensors
+        strange = strange and checkpoint.read("tokenizer").tobytes() != tokenizer.encode()
+    checkpoint.load(load_slabs(engine, states=False))
+    engine.buckets.publish()
+    if engine.mesh.rank == 0:
+        log.info("checkpoint.initial: the weights are those of %s", checkpoint.path)
+    if strange:
+        log.warning("%s: its tokenizer is not that of the data: the same numbers stand for other text", checkpoint.path)
+
+
+def _different(written: Config, config: Config, keys: Sequence[str]) -> list[str]:
+    """The keys of the section ``model`` that differ, each with both values."""
+    then = written.model.resolved()  # an older one lacks keys
+    pairs = [(f"model.{key}", getattr(then, key), getattr(config.model, key)) for key in keys]
+    return [f"{key} was {a!r}, now it is {b!r}" for key, a, b in pairs if a != b]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import secrets
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__
-from ..checkpoint import CheckpointSaveError, checkpoints, open_checkpoint, save
+from ..checkpoint import Checkpoint, checkpoints, open_checkpoint
 from ..checkpoint.agree import agreed
 from ..errors import CheckpointError, HpcmpError, InputError
 from .config import Config
+from .directories import Directories
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
 from .layout import short
 from .measure import measured_before
 from .metrics import Metrics, Progress, peak_flops, plot
-from .state import check_same_model, load_slabs, save_slabs
+from .saving import Saving
+from .state import begin_anew, check_same_model, load_initial, resume
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -45,12 +47,23 @@ class Trainer:
 
     def __init__(self, config: Config, comm: MPI.Intracomm | None = None) -> None:
         self.config = config.resolved(ranks=1 if comm is None else comm.size)
-        train = self.config.train
         self.mesh = mesh_for(self.config, comm)
         with self._agreed():
             self.inputs = Inputs(self.config, self.mesh)
             self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
-            self._open_directory()
+            self._check()
+        self.directories = Directories(self.config, self.mesh)
+        self.directory, self.checkpoints = self.directories.run, self.directories.checkpoints
+        self.metrics = Metrics(self.directory)
+        try:
+            self._build()
+        except BaseException:
+            self.directories.close()
+            raise
+
+    def _build(self) -> None:
+        """All of the run, as it is after its newest checkpoint."""
+        train = self.config.train
         again = self.config.checkpoint.resume and checkpoints(self.checkpoints)
         self.config = measured_before(self.config, self.mesh, self.directory / "config.toml" if again else None)
         self.engine = Engine(self.config, self.mesh)
@@ -61,10 +74,13 @@ class Trainer:
         self.reason = "finished"
         self._stop = False
         self._began = time.perf_counter()
-        self._saved: tuple[int, Path] | None = None
+        self.saving = Saving(self.engine, self.inputs, self.config, self.checkpoints, self.metrics)
         self._evaluated: tuple[int, float] | None = None
-        if self.config.checkpoint.resume:
-            self._resume()
+        self.run = self.mesh.gather_objects(secrets.token_hex(8))[0]
+        self.saving.facts = self._facts
+        resumed = self.config.checkpoint.resume and self._resume()
+        if not resumed and self.config.checkpoint.initial:
+            load_initial(self.config.checkpoint.initial, self.engine, self.inputs.tokenizer)
         if self.logs:
             self.metrics.forget_after(self.step)
         peak = sum(self.mesh.gather_objects(peak_flops(self.engine.xp, self.engine.dtype)))
@@ -81,7 +97,14 @@ class Trainer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.inputs.close()
+        try:
+            if exc[0] is None:
+                self.saving.finish()
+            else:
+                self.saving.abandon()
+        finally:
+            self.inputs.close()
+            self.directories.close()
         if exc[0] is None:  # freeing is collective: after an error the other ranks may not come
             self.mesh.close()
 
@@ -96,20 +119,28 @@ class Trainer:
             limit = c.train.minutes
             if limit is not None and time.perf_counter() - self._began > 60 * limit:
                 self.request_stop(f"train.minutes = {limit:g} are over")
+            if self.directories.lost:
+                self.request_stop(self.directories.lost)
             start = time.perf_counter()
             result = self.engine.step(self.step, *self.inputs.train.next(), stop=self._stop)
             if not math.isfinite(result.norm) and not result.skipped:
-                raise HpcmpError(f"step {self.step}: loss {result.loss}, gradient norm {result.norm}; {self._last()}")
+                self.saving.finish()
+                told = f"loss {result.loss}, gradient norm {result.norm}"
+                raise HpcmpError(f"step {self.step}: {told}; {self.saving.last_known()}")
             self.step += 1
             self._record(result, time.perf_counter() - start)
+            self.saving.poll()
             if c.run.evaluate_every and self.step % c.run.evaluate_every == 0:
                 self.evaluate()
             if c.checkpoint.every and self.step % c.checkpoint.every == 0:
                 self._save_if_possible()
+            elif c.checkpoint.local_every and self.step % c.checkpoint.local_every == 0:
+                self.saving.local(self.step)
             yield result
             if result.stop:
                 self.reason = self._why()
-                return
+                break
+        self.saving.finish()
 
     def _why(self) -> str:
         """Why the run stops: the reason of the first rank that asked for it."""
@@ -123,8 +154,9 @@ class Trainer:
         for result in self:
             loss = result.loss
         held_out = self.evaluate()
-        if self._saved is None or self._saved[0] != self.step:
+        if self.saving.last is None or self.saving.last[0] != self.step:
             self.save()
+        self.saving.forget_local()
         seconds = time.perf_counter() - self.progress.began
         per_second, share = self.progress.rates(self.step - first, seconds)
         summary = {
@@ -139,7 +171,7 @@ class Trainer:
             "share_of_peak": share,
             "parameters": self.engine.architecture.parameters,
             "layout": dataclasses.asdict(self.config.layout),
-            "checkpoint": str(self._saved[1]) if self._saved else None,
+            "checkpoint": str(self.saving.last[1]) if self.saving.last else None,
             "metrics": str(self.metrics.path),
         }
         if self.config.run.plot and self.logs:
@@ -170,77 +202,61 @@ class Trainer:
         return loss
 
     def save(self) -> Path:
-        """Write a checkpoint of the step that is done; returns its folder."""
-        start = time.perf_counter()
-        state = {
-            "hpcmp": __version__,
-            "config": self.config.to_dict(),
-            "optimizer_steps": self.engine.optimizer.steps,
-            "loss_scale": self.engine.loss_scale.state(),
-            "sampler": self.inputs.sampler.state_dict(),
-            "layout": dataclasses.asdict(self.config.layout),
-        }
-        slabs = save_slabs(self.engine, self.inputs.tokenizer)
-        c = self.config.checkpoint
-        path = save(self.checkpoints, self.step, slabs, state, self.mesh, storage=c.storage, keep=c.keep)
-        self._saved = self.step, path
-        if self.logs:
-            log.info(
-                "step %d/%d  saved %s in %.1f s", self.step, self.config.train.steps, path, time.perf_counter() - start
-            )
-        return path
+        """Write a checkpoint of the step that is done, and return its folder when it is committed."""
+        return self.saving.now(self.step)
+
+    def _facts(self, rated: bool) -> dict[str, Any]:
+        """What a checkpoint of this step says besides: which run it is of, and how good it is where that is known;
+        ``rated``: where it decides what is kept, too."""
+        if rated and self.config.checkpoint.keep_best:
+            self.evaluate()
+        known = self._evaluated is not None and self._evaluated[0] == self.step
+        return {"run": self.run, "held_out_loss": self._evaluated[1] if self._evaluated and known else None}
 
     def _save_if_possible(self) -> None:
-        """Save on the way: what went before is kept, and a disk that is full now may not be so later."""
-        try:
-            self.save()
-        except CheckpointSaveError as error:
-            if self.logs:
-                log.warning("%s; training goes on, %s", error, self._last())
+        with self.saving.going_on():
+            if self.saving.behind:
+                self.saving.begin(self.step)
+            else:
+                self.save()
 
-    def _open_directory(self) -> None:
+    def _check(self) -> None:
+        """Raise InputError for what would only be found at the end, or at the first checkpoint."""
         if self.config.run.plot and find_spec("matplotlib") is None:
             raise InputError('run.plot needs matplotlib: pip install "hpcmp[plot]"')
-        self.directory, checkpoints = Path(self.config.run.directory), self.config.checkpoint.directory
-        self.checkpoints = Path(checkpoints or self.directory / "checkpoints")
-        self.metrics = Metrics(self.directory)
-        if not self.logs:
-            return
-        for key, folder in (("run.directory", self.directory), ("checkpoint.directory", self.checkpoints)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".hpcmp-writable").touch()
-                (folder / ".hpcmp-writable").unlink()
-            except OSError as error:
-                raise InputError(f"{key}: cannot write in {folder}: {error.strerror}") from None
+        if self.config.checkpoint.keep_best and self.inputs.held_out is None:
+            raise InputError("checkpoint.keep_best: data.path holds out less than a sample of model.sequence tokens")
 
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint that is whole; a damaged one is named and passed over."""
-        found = self.mesh.gather_objects([str(path) for path in checkpoints(self.checkpoints)] if self.logs else None)[
-            0
-        ]
-        for path, last in ((path, path == found[-1]) for path in found):
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint that is whole, if there is any; a damaged one is named and passed over."""
+        told = self.mesh.gather_objects(checkpoints(self.checkpoints) if self.logs else None)
+        local = self.saving.local_checkpoints(told[0])
+        sources: list[Checkpoint | Path] = [*local, *told[0]]
+        for source in sources:
             try:
-                checkpoint = open_checkpoint(Path(path), self.mesh)
+                checkpoint = open_checkpoint(source, self.mesh) if isinstance(source, Path) else source
                 with self._agreed():
                     check_same_model(checkpoint, self.config)
                     self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
-                checkpoint.load(load_slabs(self.engine))
-                self.engine.buckets.publish()
+                resume(checkpoint, self.engine, self.config)
             except CheckpointError as error:
-                if last:
+                if told[0] and source is sources[-1]:
                     raise
                 if self.logs:
                     log.warning("%s; trying the one before", error)
                 continue
-            self.engine.optimizer.steps = checkpoint.state["optimizer_steps"]
-            if "loss_scale" in checkpoint.state:  # else written before there was one
-                self.engine.loss_scale.load(checkpoint.state["loss_scale"])
+            if isinstance(run := checkpoint.state.get("run"), str):
+                self.run = run
             self.step = checkpoint.step
-            self._saved = checkpoint.step, checkpoint.path
+            if isinstance(source, Path):
+                self.saving.last = checkpoint.step, checkpoint.path
             if self.logs:
                 log.info("resumed from %s (step %d)", checkpoint.path, self.step)
-            return
+            return True
+        if sources:  # they were all local, which ends no run
+            self.inputs.sampler.samples = 0
+            begin_anew(self.engine)
+        return False
 
     def _say_hello(self) -> None:
         if self.logs:
@@ -277,9 +293,6 @@ class Trainer:
             scale = self.engine.loss_scale.scale
             log.info("step %d: the gradient overflows float16; skipped, the loss scale is %g now", self.step - 1, scale)
         self.progress.after(self.step, result.loss, result.norm)
-
-    def _last(self) -> str:
-        return f"the last checkpoint is {self._saved[1]}" if self._saved else "there is no checkpoint yet"
 
     def _agreed(self) -> Any:
         return agreed(self.mesh, lambda who, why: InputError(f"{who}{why}"))

@@ -15,10 +15,11 @@ import pytest
 from hpcmp.checkpoint import CheckpointSaveError, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
 from tests.checkpoint.cases import version_at, write
+from tests.checkpoint.kills import BEHIND, kills
 
 ROOT = Path(__file__).parents[2]
-STORAGES = ["files", *(["mpio"] if h5py.get_config().mpi else [])]  # on several ranks
-PHASES = ["create", "write", "flush", "fsync", "digest", "manifest", "rename", "replace", "pointer", "prune"]
+STORAGES = ["files", "node", "shared", *(["mpio"] if h5py.get_config().mpi else [])]  # on several ranks
+PHASES = ["create", "write", "fsync", "digest", "manifest", "rename", "replace", "pointer", "prune"]
 
 
 def killed_in(phase, root, step, version, **options):
@@ -38,7 +39,7 @@ def visible(root):
     return sorted(p.name for p in root.iterdir())
 
 
-@pytest.mark.parametrize("storage", ["files", "mpio"])
+@pytest.mark.parametrize("storage", ["files", "shared"])
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "replace"])
 def test_killed_while_saving_the_next_step(tmp_path, phase, storage):
     write(tmp_path, 1, storage=storage)
@@ -95,10 +96,10 @@ def test_a_limit_on_file_sizes(tmp_path, limit):
 def test_no_room_for_the_manifest(tmp_path):
     write(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
         with pytest.raises(CheckpointSaveError, match=r"File too large$"):
-            save(tmp_path, 2, [], {}, Mesh())
+            save(tmp_path, 2, [], {"long": 5000 * "x"}, Mesh())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert visible(tmp_path) == ["latest", "step_00000001"] and version_at(tmp_path) == 1
@@ -171,5 +172,16 @@ def test_one_rank_has_no_room(tmp_path, run_mpi, storage):
     told = [(tmp_path / f"rank{rank}").read_text() for rank in range(3)]
     assert told[0] == told[1] == told[2]
     assert told[0].startswith(f"{root}: step 3 is not saved: rank 2: {root}/.step_00000003.tmp-")
-    assert ("rank_00002.h5: File too large" if storage == "files" else "tensors.h5: Can't write data") in told[0]
+    files = {"files": "rank_00002.h5", "node": "node_00000.h5"}
+    assert f"{files.get(storage, 'tensors.h5')}: " in told[0]
+    assert ("Can't write data" if storage == "mpio" else "File too large") in told[0]
     assert visible(root) == ["latest", "step_00000001"] and version_at(root) == 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "settings", "count"), [(1, [], 3), (1, [BEHIND], 3), (2, [], 1), (2, [BEHIND], 1)])
+def test_runs_that_are_killed_go_on(tmp_path, ranks, settings, count):
+    """At full size: ``python -m tests.checkpoint.campaign kills``."""
+    counts, wrong = kills(count, 1, ranks, settings, tmp_path)
+    assert not wrong, "\n".join(wrong)
+    assert sum(number for where, number in counts.items() if "too late" not in where) >= count * 2 // 3

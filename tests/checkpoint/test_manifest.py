@@ -17,9 +17,9 @@ from tests.checkpoint.cases import write
 
 PATH = Path("run/step_00000007/manifest.json")
 A = Tensor(
-    (4, 6), "float32", (Piece("a.h5", "a", (0, 0), (4, 2), "0" * 8), Piece("b.h5", "a", (0, 2), (4, 4), "1" * 8))
+    (4, 6), "float32", (Piece("a.h5", "a", (0, 0), (4, 2), "0" * 16), Piece("b.h5", "a", (0, 2), (4, 4), "1" * 16))
 )
-FILES = {"a.h5": DataFile(1000, ((100, 16), (200, 16)), "2" * 8), "b.h5": DataFile(500, ((0, 64),), "3" * 8)}
+FILES = {"a.h5": DataFile(1000, ((100, 16), (200, 16)), "2" * 16), "b.h5": DataFile(500, ((0, 64),), "3" * 16)}
 GOOD = Manifest(7, "2026-01-01T00:00:00.000000+00:00", "files", FILES, {"a": A}, {"x": [1, 2.5, None, "ü"]})
 
 
@@ -68,8 +68,8 @@ def with_piece(**changes: object) -> Manifest:
         (replace(GOOD, tensors={"a": replace(A, dtype="object")}), "unknown dtype"),
         (replace(GOOD, tensors={"../a": A}), "not a name"),
         (replace(GOOD, tensors={"a": replace(A, shape=(2**61, 2**61))}), "only 24 of"),
-        (replace(GOOD, files=FILES | {"a.h5": DataFile(100, ((100, 16), (200, 16)), "2" * 8)}), "beyond the file"),
-        (replace(GOOD, files=FILES | {"a.h5": DataFile(1000, ((100, 16), (90, 16)), "2" * 8)}), "extents overlap"),
+        (replace(GOOD, files=FILES | {"a.h5": DataFile(100, ((100, 16), (200, 16)), "2" * 16)}), "beyond the file"),
+        (replace(GOOD, files=FILES | {"a.h5": DataFile(1000, ((100, 16), (90, 16)), "2" * 16)}), "extents overlap"),
         (replace(GOOD, step=-1), "not integers"),
         (replace(GOOD, step="7"), "not integers"),
         (replace(GOOD, state=[]), "state is not an object"),
@@ -92,11 +92,11 @@ def test_a_wrong_manifest_with_a_right_digest_is_refused(bad, words):
 def test_another_version_and_another_format_say_so():
     content = json.loads(GOOD.render())
     del content["sha256"]
-    for changes, words in (({"version": 2}, "format version 2"), ({"format": "npz"}, "not the manifest")):
+    for changes, words in (({"version": 3}, "format version 3"), ({"format": "npz"}, "not the manifest")):
         with pytest.raises(CheckpointError, match=words):
             manifest.parse(manifest._render(content | changes), PATH)
     with pytest.raises(CheckpointError, match="not of the form"):
-        manifest.parse(manifest._render({"format": manifest.FORMAT, "version": 1}), PATH)
+        manifest.parse(manifest._render({"format": manifest.FORMAT, "version": 2}), PATH)
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"[" * 200_000, b'{"a":' * 100_000, b"\xff\xfe\x00", b"1" * 10_000])

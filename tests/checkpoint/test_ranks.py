@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pathlib
 import shutil
 import textwrap
 from pathlib import Path
@@ -18,7 +17,7 @@ from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
 from tests.checkpoint.cases import STATE, assert_filled, assert_untouched, owned, shapes, targets, value, version_at
 
-STORAGES = ["files", *(["mpio"] if h5py.get_config().mpi else [])]
+STORAGES = ["files", "node", "shared", *(["mpio"] if h5py.get_config().mpi else [])]
 
 
 def same_everywhere(world, text):
@@ -115,23 +114,26 @@ def test_ranks_without_slabs(world, mpi_tmp_path, storage):
         slabs = [line(0, 12)] if mesh.rank == writer else [line(5, 5)]
         save(mpi_tmp_path, 1, slabs, {}, mesh, storage=storage)
         found = open_checkpoint(mpi_tmp_path, mesh)
-        assert len(found.manifest.files) == 1
+        names = {"files": f"rank_{writer:05d}.h5", "node": "node_00000.h5"}
+        assert set(found.manifest.files) == {"tensors.h5", names.get(storage, "tensors.h5")}
         found.load([])
         np.testing.assert_array_equal(found.read("x"), np.zeros(12))
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_program_in_the_documentation_reads_any_tensor(world, mpi_tmp_path, storage, monkeypatch):
-    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
-    program = textwrap.dedent(text[text.index("    whole = None\n") : text.index("\nThe manifest is JSON")])
+def test_three_lines_of_plain_h5py_read_any_tensor(world, mpi_tmp_path, storage, monkeypatch):
+    root = Path(__file__).parents[2]
+    lines = '    import h5py\n    with h5py.File("'
     with Mesh(world, tp=world.size) as mesh:
-        save(mpi_tmp_path / "checkpoints", 1000, owned(mesh, 6), STATE, mesh, storage=storage)
+        save(mpi_tmp_path / "runs/gpt/checkpoints", 1000, owned(mesh, 6), STATE, mesh, storage=storage)
         monkeypatch.chdir(mpi_tmp_path)
-        for name in ("model/scale", "model/wide", "model/blocks/1/qkv"):
-            names = {"h5py": h5py, "numpy": np, "pathlib": pathlib, "name": name}
-            exec(program, names)
-            np.testing.assert_array_equal(names["whole"], value(name, 6))
+        for text in ((root / "README.md").read_text(), (root / "docs" / "checkpoints.md").read_text()):
+            program = "".join(text[text.index(lines) :].splitlines(keepends=True)[:3])
+            for name in ("model/scale", "model/wide", "model/blocks/1/qkv"):
+                names: dict[str, object] = {}
+                exec(textwrap.dedent(program).replace("model/blocks/0/mlp/up/weight", name), names)
+                np.testing.assert_array_equal(names["weight"], value(name, 6))
         world.barrier()
 
 

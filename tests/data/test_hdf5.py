@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
+from hpcmp.data import hdf5
+from hpcmp.errors import DataError
 from tests.data.reading import everything, refused
 
 
@@ -26,24 +32,39 @@ DAMAGE: dict[str, tuple[Callable[[Any], object], str]] = {
     "another format": (lambda f: f.attrs.modify("format", np.bytes_(b"other")), "not a token file of hpcmp"),
     "no format": (lambda f: f.attrs.pop("format"), "not a token file of hpcmp"),
     "a later version": (lambda f: f.attrs.modify("version", 2), "has format version 2"),
-    "a version of text": (lambda f: f.attrs.create("version", "1"), "version is not an integer"),
-    "an array": (lambda f: f.attrs.create("vocabulary", [257]), "vocabulary is not an integer"),
-    "negative": (lambda f: f.attrs.create("end_of_document", -1), "end_of_document is not an integer >= 0"),
-    "a float": (lambda f: f.attrs.create("vocabulary", 257.0), "vocabulary is not an integer"),
-    "a reference": (lambda f: f.attrs.create("tokenizer", f.ref, dtype=h5py.ref_dtype), "not a fixed-length string"),
-    "variable length": (lambda f: f.attrs.create("tokenizer", "bytes"), "tokenizer is not a fixed-length string"),
+    "a version of text": (
+        lambda f: f.attrs.create("version", "1"),
+        "attribute version is missing, or is not an integer",
+    ),
+    "an array": (
+        lambda f: f.attrs.create("vocabulary", [257]),
+        "attribute vocabulary is missing, or is not an integer",
+    ),
+    "negative": (
+        lambda f: f.attrs.create("end_of_document", -1),
+        "attribute end_of_document is missing, or is not an integer >= 0",
+    ),
+    "a float": (lambda f: f.attrs.create("vocabulary", 257.0), "attribute vocabulary is missing, or is not an integer"),
+    "a reference": (
+        lambda f: f.attrs.create("tokenizer", f.ref, dtype=h5py.ref_dtype),
+        "attribute tokenizer is missing, or is not a fixed-length string",
+    ),
+    "variable length": (
+        lambda f: f.attrs.create("tokenizer", "bytes"),
+        "attribute tokenizer is missing, or is not a fixed-length string",
+    ),
     "bad text": (lambda f: f.attrs.create("tokenizer", np.bytes_(b"\xff")), "tokenizer is not UTF-8"),
-    "no vocabulary": (lambda f: f.attrs.pop("vocabulary"), "no attribute vocabulary"),
+    "no vocabulary": (lambda f: f.attrs.pop("vocabulary"), "attribute vocabulary is missing"),
     "a small vocabulary": (lambda f: f.attrs.modify("vocabulary", 256), "end of document 256, vocabulary 256"),
     "a huge vocabulary": (lambda f: f.attrs.modify("vocabulary", 2**31), "vocabulary 2147483648"),
-    "no split": (lambda f: f.pop("valid"), "has no valid"),
-    "no tokens": (lambda f: f["train"].pop("tokens"), "has no train/tokens"),
-    "a group": (lambda f: (f["train"].pop("tokens"), f["train"].create_group("tokens")), "tokens is not a dataset"),
-    "a dataset": (lambda f: (f.pop("train"), f.create_dataset("train", data=[1])), "train is not a group"),
-    "int64": (lambda f: replace(f["train"], "tokens", dtype="<i8"), "tokens has dtype int64, not <u1 or <u2"),
-    "big-endian": (lambda f: replace(f["train"], "tokens", dtype=">u2"), "tokens has dtype >u2"),
-    "float": (lambda f: replace(f["valid"], "tokens", dtype="f4"), "valid/tokens has dtype float32"),
-    "short offsets": (lambda f: replace(f["train"], "documents", dtype="<i4"), "documents has dtype int32, not <i8"),
+    "no split": (lambda f: f.pop("valid"), "valid/tokens: is not there"),
+    "no tokens": (lambda f: f["train"].pop("tokens"), "train/tokens: is not there"),
+    "a group": (lambda f: (f["train"].pop("tokens"), f["train"].create_group("tokens")), "train/tokens: not a dataset"),
+    "a dataset": (lambda f: (f.pop("train"), f.create_dataset("train", data=[1])), "train/tokens: is not there"),
+    "int64": (lambda f: replace(f["train"], "tokens", dtype="<i8"), "tokens: has dtype int64, not <u1 or <u2"),
+    "big-endian": (lambda f: replace(f["train"], "tokens", dtype=">u2"), "tokens: has dtype >u2"),
+    "float": (lambda f: replace(f["valid"], "tokens", dtype="f4"), "valid/tokens: has dtype float32"),
+    "short offsets": (lambda f: replace(f["train"], "documents", dtype="<i4"), "documents: has dtype int32, not <i8"),
     "2-D": (lambda f: replace(f["train"], "tokens", data=f["train/tokens"][:][None]), "has 2 dimensions, not 1"),
     "scalar": (lambda f: replace(f["train"], "tokens", data=np.uint16(3)), "has 0 dimensions, not 1"),
     "fewer tokens": (lambda f: replace(f["train"], "tokens", data=f["train/tokens"][:-1]), "its counts .* differ"),
@@ -54,11 +75,14 @@ DAMAGE: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda f: (lambda n: (f["train"].pop("tokens"), f["train"].create_dataset("tokens", (n,), "<u2")))(
             f["train/tokens"].size
         ),
-        "but storage for fewer",
+        "claims [0-9]* bytes, which are not in the file",
     ),
-    "a filter plug-in": (lambda f: replace(f["train"], "tokens", compression="lzf"), "needs a filter plug-in"),
-    "no digest": (lambda f: f["train/tokens"].attrs.pop("digest"), "has no attribute digest at /train/tokens"),
-    "no tokenizer": (lambda f: f.pop("tokenizer"), "has no tokenizer"),
+    "a filter plug-in": (
+        lambda f: replace(f["train"], "tokens", compression="lzf"),
+        "stored through filters, which are not allowed",
+    ),
+    "no digest": (lambda f: f["train/tokens"].attrs.pop("digest"), "train/tokens: attribute digest is missing"),
+    "no tokenizer": (lambda f: f.pop("tokenizer"), "tokenizer: is not there"),
 }
 
 
@@ -106,7 +130,7 @@ def test_tokens_that_lie_elsewhere_are_refused(kind: str, token_path: Path, tmp_
         elsewhere(file, kind, other)
     with h5py.File(token_path) as file, h5py.File(other) as source:  # HDF5 itself would have read them
         np.testing.assert_array_equal(file["train/tokens"][:], source["train/tokens"][:])
-    refused(token_path, "keeps its numbers" if kind in ("virtual", "external storage") else "is a link to elsewhere")
+    refused(token_path, "not stored in one piece" if kind in ("virtual", "external storage") else "a link to elsewhere")
 
 
 def test_compressed_and_chunked_files_are_read(token_path: Path) -> None:
@@ -125,4 +149,106 @@ def test_a_damaged_chunk_names_the_file(token_path: Path) -> None:
     data = bytearray(token_path.read_bytes())
     data[at + 5] ^= 4
     token_path.write_bytes(data)
-    refused(token_path, r"cannot read .*train/tokens\[250:260\]", on=lambda file: file.split("train").read(250, 10))
+    refused(
+        token_path,
+        r"train/tokens\[250:260\]: a damaged chunk: its checksum does not fit",
+        on=lambda file: file.split("train").read(250, 10),
+    )
+
+
+PIPELINES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deflate": {"compression": 1},
+    "shuffle": {"shuffle": True},
+    "checksum": {"fletcher32": True},
+    "all": {"compression": 1, "shuffle": True, "fletcher32": True},
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("dtype", ["<u1", "<u2", "<u4", "<i8"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000, 150_000])
+def test_chunks_are_decoded_as_hdf5_does(pipeline: str, dtype: str, chunk: int, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(chunk).integers(0, 200, 300 if chunk < 100 else 200_000).astype(dtype)
+    numbers[-200:] = 0
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["format"] = np.bytes_(b"x")
+        file.create_dataset("a", data=numbers, chunks=(chunk,), **PIPELINES[pipeline])
+    with hdf5.open_file(tmp_path / "a.h5", "x") as found:
+        column = hdf5.Column(found, "a", (dtype,))
+        assert (column.size, column.dtype) == (numbers.size, np.dtype(dtype))
+        size = numbers.size
+        for start, stop in ((0, size), (0, 0), (size, size), (5, 6), (size - 250, size), (99, 201)):
+            np.testing.assert_array_equal(column.read(start, stop), numbers[start:stop])
+
+
+def bomb(size: int) -> bytes:
+    return zlib.compress(bytes(size), 9)
+
+
+CHUNKS: dict[str, tuple[dict[str, Any], bytes, int, str]] = {
+    "as it should be": ({"compression": 9}, bomb(32), 0, ""),
+    "deflate left out": ({"compression": 9}, bytes(32), 1, ""),
+    "a bomb": ({"compression": 9}, bomb(1 << 26)[:1000], 0, "deflate makes more of it than a chunk holds"),
+    "a longer bomb": ({"compression": 9}, bomb(1 << 26), 0, "far longer than it should be"),
+    "too much": ({"compression": 9}, bomb(33), 0, "has 33 bytes instead of 32"),
+    "too little": ({"compression": 9}, bomb(31), 0, "has 31 bytes instead of 32"),
+    "cut off": ({"compression": 9}, bomb(32)[:-2], 0, "or comes to no end"),
+    "not deflate": ({"compression": 9}, b"\xff" * 20, 0, "a damaged chunk"),
+    "no checksum": ({"fletcher32": True}, bytes(3), 0, "has 0 bytes instead of 32"),
+    "a checksum of zeros": ({"fletcher32": True}, bytes(36), 0, ""),
+    "another checksum": ({"fletcher32": True}, bytes(35) + b"\1", 0, "its checksum does not fit"),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_chunks_that_are_not_what_they_say(kind: str, tmp_path: Path) -> None:
+    """Refused by whoever reads them, in memory that does not grow with what they would become."""
+    options, data, mask, words = CHUNKS[kind]
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["format"] = np.bytes_(b"x")
+        made = file.create_dataset("a", (16,), "<u2", chunks=(16,), **options)
+        made.id.write_direct_chunk((0,), data, mask)
+    tracemalloc.start()
+    with hdf5.open_file(path, "x") as found:
+        column = hdf5.Column(found, "a", ("<u2",))
+        if words:
+            with pytest.raises(DataError, match=rf"{path}: a\[3:5\]: .*{words}"):
+                column.read(3, 5)
+        else:
+            np.testing.assert_array_equal(column.read(3, 5), [0, 0])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_corpus_that_claims_more_than_the_file_can_hold(token_path: Path) -> None:
+    """A terabyte of chunks that nobody wrote: refused at once, not read as zeros."""
+    with h5py.File(token_path, "r+") as file:
+        attributes = dict(file["train/tokens"].attrs)
+        del file["train/tokens"]
+        made = file["train"].create_dataset("tokens", (1 << 40,), "<u2", chunks=(1 << 16,), compression="gzip")
+        made.attrs.update(attributes)
+        file["train"].attrs["tokens"] = 1 << 40
+    refused(token_path, "train/tokens: claims 2199023255552 bytes, which are not in the file")
+
+
+def test_a_chunk_that_is_missing(token_path: Path) -> None:
+    with h5py.File(token_path, "r+") as file:
+        tokens, attributes = file["train/tokens"][:], dict(file["train/tokens"].attrs)
+        del file["train/tokens"]
+        made = file["train"].create_dataset("tokens", tokens.shape, tokens.dtype, chunks=(100,), compression="gzip")
+        made[100:] = tokens[100:]
+        made.attrs.update(attributes)
+    refused(token_path, "train/tokens: claims .* which are not in the file")
+
+
+def test_a_long_tokenizer_is_not_read(token_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["hpcmp.data.tokens"], "TOKENIZER", 4)
+    refused(token_path, "tokenizer is longer than 4 bytes", on=lambda file: file.definition)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("pipe", "not a plain file"), (".", "not a plain file"), ("gone", "No such file")):
+        refused(tmp_path / name, f"cannot read .*{words}")

@@ -129,7 +129,7 @@ def test_a_changed_tokenizer_is_found(token_path: Path) -> None:
 
 def test_no_token_file(tmp_path: Path) -> None:
     refused(tmp_path / "gone.h5", "cannot read .*No such file")
-    refused(tmp_path, "cannot read .*Is a directory")
+    refused(tmp_path, "cannot read .*not a plain file")
     (tmp_path / "empty").touch()
     refused(tmp_path / "empty", "it is empty")
     (tmp_path / "text").write_text("some text, long enough for a signature")

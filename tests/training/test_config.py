@@ -148,6 +148,8 @@ def test_an_override_comes_before_the_file(write, override, value):
         ('[model]\nstyle = "llama"\nhead_size = 13', ["model.head_size = 13", "even"]),
         ("[optimizer]\nwarmup = 1001", ["optimizer.warmup = 1001", "1000"]),
         ("[train]\nmicrobatch = 9", ["train.microbatch = 9", "train.batch = 8"]),
+        ("[checkpoint]\nevery = 4\nkeep_every = 6", ["checkpoint.keep_every = 6", "checkpoint.every = 4"]),
+        ("[checkpoint]\nkeep_every = 6", ["checkpoint.keep_every = 6", "checkpoint.every = none"]),
         ('[communication]\nbackend = "nccl"', ["communication.backend", "train.device"]),
         ("[model]\nlayers = \n", ["gpt.toml, line 2"]),
         ("[model]\nlayers = 2\nlayers = 3\n", ["gpt.toml, line 3"]),

@@ -1,0 +1,179 @@
+"""Moving files between ranks, from one node's directory to another's, in blocks: no whole file is ever in memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .slab import BLOCK
+
+if TYPE_CHECKING:
+    from ..comm.mesh import Mesh
+
+_TAG = 271
+
+
+@dataclass(frozen=True)
+class Move:
+    """A file of ``bytes`` bytes, from the directory of rank ``source`` to that of rank ``target``."""
+
+    source: int
+    target: int
+    name: str
+    bytes: int
+
+
+def to_partners(nodes: Sequence[int], owners: Mapping[str, tuple[int, int]]) -> list[Move]:
+    """The moves that bring each rank's file to the next node, whose ranks take them in turn; none on a single node.
+
+    nodes: of each rank, numbered from 0. owners: file -> its rank, its bytes.
+    """
+    ranks = _by_node(nodes)
+    moves = []
+    for name, (source, size) in owners.items() if len(ranks) > 1 else ():
+        here, there = ranks[nodes[source]], ranks[(nodes[source] + 1) % len(ranks)]
+        moves.append(Move(source, there[here.index(source) % len(there)], name, size))
+    return moves
+
+
+def to_readers(
+    nodes: Sequence[int],
+    sizes: Mapping[str, int],
+    wanted: Sequence[Collection[str]],
+    held: Mapping[int, Collection[str]],
+) -> list[Move]:
+    """The moves after which every node has the files that its ranks want, as even over the ranks as can be.
+
+    sizes: of the files. wanted: by each rank. held: by each node. Raises CheckpointError for a file that no node has.
+    """
+    ranks = _by_node(nodes)
+    holders: dict[str, list[int]] = {}
+    for node, names in sorted(held.items()):
+        for name in names:
+            holders.setdefault(name, []).extend(ranks[node])
+    sent, received = ([0] * len(nodes) for _ in range(2))
+    moves = []
+    for node, members in sorted(ranks.items()):
+        for name in sorted({name for rank in members for name in wanted[rank]} - set(held.get(node, ()))):
+            if name not in holders:
+                raise CheckpointError(f"{name} is on no node any more")
+            source, target = min(holders[name], key=sent.__getitem__), min(members, key=received.__getitem__)
+            sent[source] += sizes[name]
+            received[target] += sizes[name]
+            moves.append(Move(source, target, name, sizes[name]))
+    return moves
+
+
+def make(moves: Sequence[Move], folder: Path, mesh: Mesh) -> None:
+    """Make the moves, which are the same on every rank, from and to ``folder``, this rank's.
+
+    A file gets its name once all of it is there. Collective; makes no promise that anything is on the disk. An error of
+    this rank's disk is raised, as OSError, when all the moves have been gone through, so that no other rank waits.
+    """
+    errors: list[OSError] = []
+    for now in _rounds(moves):
+        ends = [_send(move, folder, mesh, errors) for move in now if move.source == mesh.rank]
+        ends += [_receive(move, folder, mesh, errors) for move in now if move.target == mesh.rank]
+        for _ in itertools.zip_longest(*ends):  # both at once, block by block
+            pass
+    if errors:
+        raise errors[0]
+
+
+def _by_node(nodes: Sequence[int]) -> dict[int, list[int]]:
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    return ranks
+
+
+def _rounds(moves: Sequence[Move]) -> list[list[Move]]:
+    """The moves, so that in each round no rank sends more than one, or receives more than one."""
+    rounds: list[list[Move]] = []
+    sent: Counter[int] = Counter()  # rank -> the first round in which it has nothing to send yet
+    received: Counter[int] = Counter()
+    for move in moves:
+        at = max(sent[move.source], received[move.target])
+        sent[move.source] = received[move.target] = at + 1
+        rounds += [[]] if at == len(rounds) else []
+        rounds[at].append(move)
+    return rounds
+
+
+def _send(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
+    comm: Any = mesh.comm
+    with _File(folder / move.name, "rb", errors) as file:
+        for block in _blocks(move.bytes):
+            file.read(block)
+            request = comm.Isend(block, move.target, _TAG)
+            yield
+            request.Wait()
+
+
+def _receive(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
+    comm: Any = mesh.comm
+    partial = folder / f".{move.name}.partial"
+    with _File(partial, "wb", errors) as file:
+        for block in _blocks(move.bytes):
+            request = comm.Irecv(block, move.source, _TAG)
+            yield
+            request.Wait()
+            file.write(block)
+    if not errors:
+        with _kept(errors):
+            os.replace(partial, folder / move.name)
+
+
+def _blocks(size: int) -> Iterator[Any]:
+    """One buffer, cut as long as each block of so many bytes is."""
+    buffer = np.empty(min(size, BLOCK), np.uint8)
+    for at in range(0, size, BLOCK):
+        yield buffer[: min(BLOCK, size - at)]
+
+
+class _File:
+    """A file whose errors are kept; after the first one it does nothing."""
+
+    def __init__(self, path: Path, mode: str, errors: list[OSError]) -> None:
+        self.path, self.errors = path, errors
+        self._file: Any = None
+        with _kept(errors):
+            self._file = open(path, mode)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            with _kept(self.errors):
+                self._file.close()
+
+    def read(self, block: Any) -> None:
+        """Fill ``block``."""
+        if not self.errors:
+            with _kept(self.errors):
+                if self._file.readinto(block) < len(block):
+                    raise OSError(f"{self.path} is shorter than it was a moment ago")
+
+    def write(self, block: Any) -> None:
+        """Write ``block``."""
+        if not self.errors:
+            with _kept(self.errors):
+                self._file.write(block)
+
+
+@contextmanager
+def _kept(errors: list[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        errors.append(error)

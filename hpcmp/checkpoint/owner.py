@@ -1,0 +1,170 @@
+"""Who holds a lock: a process that can be told from every other one, and whether it is known to have ended."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+#: Slurm's states of a job of which nothing runs any more. Not NODE_FAIL: a node that does not answer may still compute.
+_ENDED = frozenset("CANCELLED COMPLETED DEADLINE FAILED OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
+_ASKING = 10.0  # seconds that the scheduler has for its answer
+
+
+class Job(NamedTuple):
+    """A batch job: its scheduler ("" outside of any), id, cluster if it is Slurm's, and how often it was requeued."""
+
+    scheduler: str = ""
+    id: str = ""
+    cluster: str = ""
+    restarts: int = 0
+
+
+def job(environ: Mapping[str, str] = os.environ) -> Job:
+    """The batch job that this process is in, by its environment."""
+    if number := environ.get("SLURM_JOB_ID"):
+        restarts = environ.get("SLURM_RESTART_COUNT", "")
+        cluster = environ.get("SLURM_CLUSTER_NAME", "")
+        return Job("Slurm", number, cluster, int(restarts) if restarts.isascii() and restarts.isdigit() else 0)
+    if number := environ.get("LSB_JOBID"):
+        index = environ.get("LSB_JOBINDEX", "0")  # the jobs of an array share an id
+        return Job("LSF", number if index in ("", "0") else f"{number}[{index}]")
+    for scheduler, variable in (("PBS", "PBS_JOBID"), ("Flux", "FLUX_JOB_ID")):
+        if number := environ.get(variable):
+            return Job(scheduler, number)
+    return Job()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that holds a lock.
+
+    machine: where its number means what it means to itself: the host, the system's boot, and the space of numbers (each
+    container has its own). start: of the process, in ticks since that boot, since numbers are used again; None where
+    the system does not say. taken: when it took the lock, in UTC. token: makes this lock's text differ from all others.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    start: int | None
+    user: str
+    job: Job
+    taken: str
+    token: str
+
+    def render(self) -> bytes:
+        """The text of a lock: JSON."""
+        return json.dumps(asdict(self) | {"job": self.job._asdict()}, indent=1).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, text: bytes) -> Owner | None:
+        """The owner of which ``text`` is the rendering; None if it is no such text."""
+        try:
+            content = json.loads(text)
+            owner = cls(**content | {"job": Job(**content["job"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        texts = (owner.host, owner.machine, owner.user, owner.taken, owner.token, *owner.job[:3])
+        numbers = (owner.pid, 0 if owner.start is None else owner.start, owner.job.restarts)
+        good = all(type(x) is str for x in texts) and all(type(x) is int and 0 <= x < 2**63 for x in numbers)
+        return owner if good and 0 < owner.pid < 2**31 else None
+
+    def __str__(self) -> str:
+        batch = f" ({self.job.scheduler} job {self.job.id})" if self.job.id else ""
+        return f"process {self.pid} of {self.user} on {self.host}{batch}, since {self.taken} UTC"
+
+    @property
+    def process(self) -> tuple[str, int, int | None]:
+        """The same for all locks of the process, and for none of another."""
+        return self.machine, self.pid, self.start
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process, alive or not, is one of this machine: then this machine knows for sure which."""
+        return self.machine == _machine()
+
+    @property
+    def is_me(self) -> bool:
+        """Whether it is this very process."""
+        return self.process == (_machine(), os.getpid(), _stat(os.getpid())[1])
+
+    def death(self) -> str | None:
+        """How it is known that the process runs no more; None if it does, or nobody here knows. Takes 10 s at most."""
+        if self.is_here:
+            return self._death_here()
+        mine = job()
+        if self.job.cluster and self.job.cluster == mine.cluster:
+            if self.job.id != mine.id:
+                return "its job has ended" if _slurm_ended(self.job.id) else None
+            return "its job has been requeued since" if self.job.restarts < mine.restarts else None
+        return None
+
+    def _death_here(self) -> str | None:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return "that process has ended"
+        except OSError:  # it is another user's
+            pass
+        state, start = _stat(self.pid)
+        if state and state in "ZX":
+            return "that process has ended"
+        if start is not None and self.start is not None and start != self.start:
+            return "that process has ended, and its number is another's now"
+        return None
+
+
+def this_process() -> Owner:
+    """This process, as the owner of a new lock."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container that has no name for it
+        user = f"user {os.getuid()}"
+    taken = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    start = _stat(os.getpid())[1]
+    return Owner(socket.gethostname(), _machine(), os.getpid(), start, user, job(), taken, secrets.token_hex(8))
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no Linux: a network card has a number, and where there is none, it is drawn for this process
+        boot, space = f"{uuid.getnode():x}", 0
+    return f"{socket.gethostname()}/{boot}/{space}"
+
+
+def _stat(pid: int) -> tuple[str, int | None]:
+    """The state of a process, a letter, and when it started, in ticks since the boot; ("", None) if unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return "", None
+
+
+def _slurm_ended(number: str) -> bool:
+    """Whether Slurm knows that a job of this cluster has ended, or has forgotten it, minutes after its end."""
+    squeue = shutil.which("squeue")
+    if squeue is None or not (number.isascii() and number.isdigit()):
+        return False
+    command = [squeue, "--noheader", "--states=all", "--format=%T", f"--jobs={number}"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASKING)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if done.returncode:
+        return "Invalid job id" in done.stderr
+    states = done.stdout.split()
+    return bool(states) and _ENDED.issuperset(states)

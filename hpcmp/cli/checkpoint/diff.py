@@ -1,0 +1,149 @@
+"""``hpcmp checkpoint diff``: what differs between two checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common import FAILED, OK, add_command
+from .progress import Bar
+from .text import PATH_HELP, cut, plural, table
+
+if TYPE_CHECKING:
+    from ...checkpoint import Checkpoint
+
+ABOUT = """\
+Compare two checkpoints tensor by tensor, whatever layouts and storages wrote them: names that only one has, shapes,
+dtypes, and the largest difference of the numbers, absolute and relative to the larger of the two. Exits with 0 if the
+tensors are equal, NaN being equal to NaN, and with 1 if they are not; differences of the states are shown."""
+
+EXAMPLES = """\
+examples:
+  hpcmp checkpoint diff runs/a/checkpoints runs/b/checkpoints
+  hpcmp checkpoint diff runs/a/checkpoints/step_00001000 runs/a/checkpoints/step_00002000 --only model/"""
+
+
+def register(actions: Any) -> None:
+    """Add the action."""
+    command = add_command(actions, "diff", "what differs between two checkpoints", ABOUT, EXAMPLES)
+    command.add_argument("a", metavar="A", help=PATH_HELP)
+    command.add_argument("b", metavar="B", help="the other")
+    command.add_argument("--only", default="", metavar="PREFIX", help="compare the tensors whose names begin so")
+    command.set_defaults(run=run, show=show)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """What differs; a damaged checkpoint is not compared, but a CheckpointError."""
+    from ...checkpoint import open_checkpoint
+    from ...checkpoint.slab import placeholder
+
+    a, b = open_checkpoint(Path(args.a)), open_checkpoint(Path(args.b))
+    kinds_a, kinds_b = ({n: k for n, k in c.tensors.items() if n.startswith(args.only)} for c in (a, b))
+    common = [name for name in kinds_a if name in kinds_b]
+    alike = [name for name in common if kinds_a[name][0] == kinds_b[name][0]]
+    for checkpoint in (a, b):
+        checkpoint.check([placeholder(name, *checkpoint.tensors[name]) for name in alike])
+    different: dict[str, dict[str, Any]] = {}
+    with Bar("diff") as bar:
+        done, total = 0, sum(math.prod(kinds_a[name][0]) * kinds_a[name][1].itemsize for name in alike)
+        for name in common:
+            (shape_a, dtype_a), (shape_b, dtype_b) = kinds_a[name], kinds_b[name]
+            entry: dict[str, Any] = {}
+            if shape_a != shape_b:
+                entry["shapes"] = [list(shape_a), list(shape_b)]
+            if dtype_a != dtype_b:
+                entry["dtypes"] = [dtype_a.name, dtype_b.name]
+            if shape_a == shape_b:
+                count, absolute, relative = 0, 0.0, 0.0
+                for size, part in _blocks(a, b, name):
+                    count, absolute, relative = count + part[0], max(absolute, part[1]), max(relative, part[2])
+                    done += size
+                    bar(done, total)
+                if count:
+                    entry |= {"count": count, "of": math.prod(shape_a), "absolute": absolute, "relative": relative}
+            if entry:
+                different[name] = entry
+    only_a, only_b = sorted(kinds_a.keys() - kinds_b.keys()), sorted(kinds_b.keys() - kinds_a.keys())
+    equal = not (different or only_a or only_b)
+    return {
+        "a": str(a.path),
+        "b": str(b.path),
+        "steps": [a.step, b.step],
+        "equal": equal,
+        "compared": len(common),
+        "only_a": only_a,
+        "only_b": only_b,
+        "different": different,
+        "state": _state(a.state, b.state),
+        "exit_code": OK if equal else FAILED,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as text: a row a tensor that differs, the worst first."""
+    lines = [f"A  {result['a']}, step {result['steps'][0]}", f"B  {result['b']}, step {result['steps'][1]}"]
+    for side in "ab":
+        lines += [f"only in {side.upper()}: {name}" for name in result[f"only_{side}"]]
+    for name, entry in result["different"].items():
+        for key in ("shapes", "dtypes"):
+            if key in entry:
+                lines.append(f"{name}: {key[:-1]} {entry[key][0]} in A, {entry[key][1]} in B")
+    numbers = {name: entry for name, entry in result["different"].items() if "count" in entry}
+    if numbers:
+        rows = [("numbers that differ", "", "absolute", "relative")]
+        for name, entry in sorted(numbers.items(), key=lambda item: -item[1]["absolute"]):
+            counts = f"{entry['count']:,} of {entry['of']:,}"
+            rows.append((name, counts, f"{entry['absolute']:.2e}", f"{entry['relative']:.2e}"))
+        lines += ["", *table(rows, "<>>>"), ""]
+    lines += [f"state {key}: {a!r} in A, {b!r} in B" for key, (a, b) in result["state"].items()]
+    missing = len(result["only_a"]) + len(result["only_b"])
+    lines.append(
+        f"equal: {plural(result['compared'], 'tensor')}"
+        if result["equal"]
+        else f"differ: {len(result['different'])} of {plural(result['compared'], 'tensor')} in both, {missing} in one"
+    )
+    return cut(lines)
+
+
+def _blocks(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[tuple[int, tuple[int, float, float]]]:
+    """(bytes, difference) of each block of a tensor that both have in the same shape."""
+    from ...checkpoint.slab import Region
+
+    shape, dtype = a.tensors[name]
+    origin = (0,) * len(shape)
+    for region in Region(origin, shape).blocks(max(dtype.itemsize, b.tensors[name][1].itemsize)):
+        index = region.relative(origin)
+        x, y = a.read(name, index, verify=False), b.read(name, index, verify=False)
+        yield region.size * dtype.itemsize, difference(x, y)
+
+
+def difference(x: Any, y: Any) -> tuple[int, float, float]:
+    """How many numbers of two arrays differ, and by how much at most: absolutely, and relative to the larger. A number
+    and no number (NaN) differ infinitely."""
+    import numpy as np
+
+    unequal = (x != y) & ~((x != x) & (y != y))
+    if not unequal.any():
+        return 0, 0.0, 0.0
+    x, y = x[unequal].astype(np.float64), y[unequal].astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        gaps = abs(x - y)
+        shares = gaps / np.maximum(abs(x), abs(y))
+    gaps, shares = (np.where(np.isnan(values), np.inf, values) for values in (gaps, shares))
+    return int(unequal.sum()), float(gaps.max()), float(shares.max())
+
+
+def _state(a: Any, b: Any) -> dict[str, list[Any]]:
+    """The values that differ between two states, by the path of their keys."""
+    flat_a, flat_b = _flat(a), _flat(b)
+    keys = sorted(flat_a.keys() | flat_b.keys())
+    return {k: [flat_a.get(k), flat_b.get(k)] for k in keys if flat_a.get(k) != flat_b.get(k)}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}

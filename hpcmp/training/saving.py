@@ -1,0 +1,146 @@
+"""The checkpoints that a run writes: behind its steps or at once, and what is told of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint import Checkpoint, CheckpointSaveError, Keep, Saved, Saver, Storage, open_checkpoint
+from ..checkpoint.tier import LocalTier, open_tier
+from ..errors import CheckpointError
+from .config import Config
+from .engine import Engine
+from .inputs import Inputs
+from .metrics import Metrics
+from .state import save_slabs
+
+log = logging.getLogger("hpcmp")
+
+
+class Saving:
+    """Saves a run's checkpoints in ``root``, and tells of each: a line of the log, a record of the metrics.
+
+    last: (step, path) of the newest that is committed; None if there is none. behind: whether those on the way are
+    written while the training goes on (``checkpoint.asynchronous``). tier: of checkpoints on the nodes (
+    ``checkpoint.local``), or None. facts: given whether what is saved is ranked by its loss, gives
+    what else the state holds. All methods but ``abandon`` are collective.
+    """
+
+    def __init__(self, engine: Engine, inputs: Inputs, config: Config, root: Path, metrics: Metrics) -> None:
+        c = config.checkpoint
+        self.engine, self.inputs, self.config, self.metrics = engine, inputs, config, metrics
+        self.logs = engine.mesh.rank == 0
+        storage, keep = Storage(c.storage, c.verify, c.alignment, c.hints), Keep(c.keep, c.keep_every, c.keep_best)
+        self.saver = Saver(root, engine.mesh, storage=storage, keep=keep)
+        self.last: tuple[int, Path] | None = None
+        self.facts: Callable[[bool], dict[str, Any]] = lambda rated: {}
+        self.tier: LocalTier | None = None
+        if c.local:
+            self.tier = open_tier(c.local, root, engine.mesh, fresh=not c.resume)
+        self.behind = c.asynchronous and c.storage != "mpio"
+        self._pressed = False
+        engine.before_update = self.saver.settle
+        if c.asynchronous and not self.behind and self.logs:
+            log.warning('checkpoint.asynchronous: in checkpoint.storage = "mpio" all ranks write together: steps wait')
+
+    def now(self, step: int) -> Path:
+        """Save the state after ``step`` steps; returns the checkpoint's folder. Raises CheckpointSaveError."""
+        self.finish()
+        return self._tell(self.saver.save(step, self._slabs(), self._state()))
+
+    def begin(self, step: int) -> None:
+        """Begin to save the state after ``step`` steps behind those that follow, once the save before has ended."""
+        before, start = self.saver.running, time.perf_counter()
+        self.finish()
+        if before is not None and not self._pressed and self.logs:
+            waited, every = time.perf_counter() - start, self.config.checkpoint.every
+            log.warning(
+                "step %d: waited %.1f s for the checkpoint of step %d to be written, with checkpoint.every = %s; "
+                "this is not said again",
+                *(step, waited, before, every),
+            )
+        self._pressed = self._pressed or before is not None
+        self.saver.begin(step, self._slabs(), self._state())
+
+    def poll(self) -> None:
+        """Between steps: see whether the save behind them is committed. One that has failed is told."""
+        with self.going_on():
+            if done := self.saver.poll():
+                self._tell(done)
+
+    def finish(self) -> None:
+        """Wait for the save behind the steps, if there is one. One that has failed is told."""
+        with self.going_on():
+            if done := self.saver.wait():
+                self._tell(done)
+
+    def local(self, step: int) -> None:
+        """Save the state after ``step`` steps on the nodes; if that fails, it is told, and not tried again."""
+        start = time.perf_counter()
+        if self.tier and self.tier.save(step, self._slabs(), self._state(rated=False)) and self.logs:
+            tokens = step * self.config.train.batch * self.config.model.sequence
+            self.metrics.write({"step": step - 1, "tokens": tokens, "local_seconds": time.perf_counter() - start})
+
+    def local_checkpoints(self, found: Sequence[Path]) -> list[Checkpoint]:
+        """Those on the nodes that were saved after the newest in ``root``, where ``found`` are, the newest first."""
+        after = ""
+        for path in found if self.tier else ():
+            try:
+                newest = open_checkpoint(path, self.engine.mesh)
+                after, self.last = newest.saved, (newest.step, newest.path)
+                break
+            except CheckpointError:  # told when it is its turn to be loaded
+                continue
+        return list(self.tier.checkpoints(after)) if self.tier else []
+
+    def forget_local(self) -> None:
+        """Remove what there is of the run on the nodes: it has a later checkpoint."""
+        if self.tier:
+            self.tier.clear()
+
+    def abandon(self) -> None:
+        """After an error on this rank: give up the save behind the steps, waiting for nobody."""
+        self.saver.abandon()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A save in the body that fails is told: what went before is kept, and a full disk may not be so later."""
+        try:
+            yield
+        except CheckpointSaveError as error:
+            if self.logs:
+                log.warning("%s; training goes on, %s", error, self.last_known())
+
+    def last_known(self) -> str:
+        """Where the run could go on from."""
+        return f"the last checkpoint is {self.last[1]}" if self.last else "there is no checkpoint yet"
+
+    def _slabs(self) -> Iterator[Any]:
+        return save_slabs(self.engine, self.inputs.tokenizer)
+
+    def _state(self, rated: bool = True) -> dict[str, Any]:
+        return {
+            "hpcmp": __version__,
+            "config": self.config.to_dict(),
+            "optimizer_steps": self.engine.optimizer.steps,
+            "loss_scale": self.engine.loss_scale.state(),
+            "sampler": self.inputs.sampler.state_dict(),
+            "layout": dataclasses.asdict(self.config.layout),
+        } | self.facts(rated)
+
+    def _tell(self, done: Saved) -> Path:
+        self.last = done.step, done.path
+        if self.logs:
+            train = self.config.train
+            tokens = done.step * train.batch * self.config.model.sequence
+            times = {"save_seconds": done.seconds, "held_up_seconds": done.held}
+            self.metrics.write({"step": done.step - 1, "tokens": tokens, "checkpoint": done.path.name, **times})
+            names = done.step, train.steps, done.path, done.seconds, done.held
+            log.info("step %d/%d  saved %s in %.1f s (training held up for %.2f s)", *names)
+        return done.path
