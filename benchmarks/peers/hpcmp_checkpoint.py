@@ -32,6 +32,7 @@ class Bench:
             for name, (shape, axis) in self.shapes.items()
         ]
         self.owned = [slab for slab in self.slabs if self.shapes[slab.name][1] is not None or comm.rank == 0]
+        self.size = sum(slab.data.nbytes for slab in self.slabs)
         self.targets = [Slab(s.name, s.shape, s.index, np.zeros_like(s.data)) for s in self.slabs]
 
     def orders(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Bench:
     def timed(self, place: Path, work: Any, fresh: bool = True) -> float:
         if fresh and self.comm.rank == 0 and place.is_file():
             place.unlink()
-        return timed(self.comm.Barrier, self.comm.rank == 0, place, work, fresh)
+        return timed(self.comm.Barrier, self.comm.rank == 0, place, work, fresh, self.size)
 
 
 def main() -> None:

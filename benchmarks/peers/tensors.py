@@ -46,9 +46,12 @@ def values(hidden: int, blocks: int, ranks: int, rank: int) -> dict[str, Any]:
     }
 
 
-def timed(barrier: Callable[[], Any], first: bool, place: Path, work: Callable[[], Any], fresh: bool) -> float:
+def timed(
+    barrier: Callable[[], Any], first: bool, place: Path, work: Callable[[], Any], fresh: bool, size: int
+) -> float:
     """Seconds of ``work`` on all ranks, from a barrier to a barrier. Before it rank 0 (``first``) removes ``place``
-    (``fresh``), or has the system forget what it holds of the files there; and nothing is left to be written."""
+    (``fresh``), or has the system forget what it holds of the files there; nothing is left to be written, and every
+    rank has touched ``size`` bytes of free memory, as much as it is going to write or read."""
     if first and fresh:
         shutil.rmtree(place, ignore_errors=True)
     if first:
@@ -58,6 +61,10 @@ def timed(barrier: Callable[[], Any], first: bool, place: Path, work: Callable[[
                 descriptor = os.open(path, os.O_RDONLY)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
+    barrier()
+    if size:
+        # Memory that is free may have gone back to a virtual machine's host: the first to use it again would pay.
+        np.ones(size, np.uint8)
     barrier()
     start = time.perf_counter()
     work()

@@ -35,6 +35,7 @@ class Bench:
                 made[name] = DTensor.from_local(of(torch.from_numpy(array)), mesh, [placement], run_check=False)
             return made
 
+        self.size = sum(array.nbytes for array in values(hidden, blocks, ranks, rank).values())
         self.state, self.targets = state(lambda x: x), state(torch.zeros_like)
 
     def save(self, **options: Any) -> float:
@@ -55,7 +56,7 @@ class Bench:
 
     def timed(self, work: Callable[[], Any], fresh: bool) -> float:
         """See ``tensors.timed``."""
-        return timed(dist.barrier, self.rank == 0, self.place / "dcp", work, fresh)
+        return timed(dist.barrier, self.rank == 0, self.place / "dcp", work, fresh, self.size)
 
 
 def main() -> None:

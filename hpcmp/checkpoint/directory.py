@@ -21,9 +21,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..plain import read_whole
-from . import lock, manifest
+from . import lock, manifest, owner
 from .manifest import Manifest
 from .reader import check_size
 from .writer import sync
@@ -31,7 +31,7 @@ from .writer import sync
 LATEST = "latest"
 STEP = re.compile(r"step_[0-9]{8,18}")
 IDLE = 3600.0  # seconds without a change after which another machine's temporary counts as left behind
-_HIDDEN = re.compile(r"\.(?P<name>step_[0-9]{8,18}|latest)\.(?P<kind>tmp|old)-(?P<pid>[0-9]+)@(?P<host>.+)-[0-9a-f]{8}")
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>[0-9]+)@(?P<host>.+)-[0-9a-f]{8}")
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +43,15 @@ def step_name(step: int) -> str:
 def hidden(path: Path, kind: str) -> Path:
     """A new name beside ``path`` that says who uses it, and whether it may be removed ("tmp") or needed ("old")."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}@{_host()}-{secrets.token_hex(4)}")
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError if there can be no folder ``path``: it, or what it would lie in, is something else."""
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise InputError(f"{place}: is no folder")
+            return
 
 
 def begin(root: Path, step: int) -> Path:
@@ -126,11 +135,13 @@ def discard(path: Path) -> None:
         _log.warning("cannot remove %s: %s", path, error.strerror)
 
 
-def sweep(root: Path) -> None:
-    """Remove the temporaries of dead processes, and put back what one of them had set aside."""
+def sweep(root: Path, names: str = rf"{STEP.pattern}|{LATEST}") -> None:
+    """Remove dead processes' temporaries for ``names``, a pattern, and put back what one of them had set aside."""
     for path in sorted(root.iterdir()):
         match = _HIDDEN.fullmatch(path.name)
-        if match is None or not _abandoned(path, int(match["pid"]), match["host"]):
+        if match is None or not re.fullmatch(names, match["name"]):
+            continue
+        if not _abandoned(path, int(match["pid"]), match["host"]):
             continue
         place = root / match["name"]
         if match["kind"] == "old" and not place.exists():
@@ -172,12 +183,15 @@ def scan(
 def checkpoints(path: Path | str) -> list[Path]:
     """The checkpoints at ``path``, the last one saved first, incomplete ones at the end: itself, or those in it.
 
-    Empty if there is none, or no such directory.
+    Empty if there is none, or no such directory. Raises CheckpointError if it cannot be read.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return []
-    return [path] if _is_checkpoint(path) else [place for place, _ in scan(path)]
+    try:
+        return [path] if _is_checkpoint(path) else [place for place, _ in scan(path)]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
 def find(path: Path) -> tuple[Path, Manifest]:
@@ -207,7 +221,8 @@ def find(path: Path) -> tuple[Path, Manifest]:
         if isinstance(entry, Manifest):
             _log.warning("%s; taking %s instead", "; ".join(problems), place.name)
             return place, entry
-    raise CheckpointError("; ".join(problems) if candidates else f"{path}: there is no checkpoint in it")
+    elsewhere = f", but in {path / 'checkpoints'}" if checkpoints(path / "checkpoints") else ""
+    raise CheckpointError("; ".join(problems) if candidates else f"{path}: there is no checkpoint in it{elsewhere}")
 
 
 def failpoint(phase: str, rank: int) -> None:
@@ -221,7 +236,7 @@ def _step(name: str) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return bool(STEP.fullmatch(path.name)) or (path / manifest.NAME).exists()
+    return bool(STEP.fullmatch(path.name)) or os.path.lexists(path / manifest.NAME)
 
 
 def _host() -> str:
@@ -236,13 +251,7 @@ def _host() -> str:
 def _abandoned(path: Path, pid: int, host: str) -> bool:
     """Whether the maker of ``path`` is gone: no such process here; from elsewhere, nothing changed for IDLE seconds."""
     if host == _host():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            pass
-        return pid == os.getpid()
+        return pid == os.getpid() or not owner.running(pid)
     try:
         times = [item.lstat().st_mtime for item in (path, *(path.iterdir() if path.is_dir() else ()))]
     except OSError:  # it is changing at this moment

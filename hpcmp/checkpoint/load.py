@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import array_module
 from ..errors import CheckpointError
 from . import directory, manifest, reader
 from .agree import agreed, broadcast
@@ -124,6 +123,7 @@ class Checkpoint:
         for name, pairs in groups.items():
             try:
                 with self._open(name) as file:
+                    file.look_up(self._dataset(*pair)[:3] for pair in pairs)
                     for tensor, piece in pairs:
                         try:
                             self._check(file, tensor, piece)
@@ -156,12 +156,14 @@ class Checkpoint:
             for piece in tensor.pieces:
                 if shared := piece.region.intersection(region):
                     fills.append(Fill(slab, tensor, piece, shared))
-        return sorted(fills, key=lambda fill: fill.piece.file)
+        return sorted(fills, key=lambda fill: (fill.piece.file, fill.piece.dataset, fill.region.start))
 
     def _verify(self, fills: Sequence[Fill]) -> None:
         for name, group in itertools.groupby(fills, lambda fill: fill.piece.file):
             with self._open(name) as file:
-                for tensor, piece in dict.fromkeys((fill.tensor, fill.piece) for fill in group):
+                pieces = dict.fromkeys((fill.tensor, fill.piece) for fill in group)
+                file.look_up(self._dataset(*pair)[:3] for pair in pieces)
+                for tensor, piece in pieces:
                     self._check(file, tensor, piece)
 
     def _check(self, file: reader.OpenFile, tensor: Tensor, piece: Piece) -> None:
@@ -174,9 +176,8 @@ class Checkpoint:
         for name, group in itertools.groupby(fills, lambda fill: fill.piece.file):
             with self._open(name) as file:
                 for fill in group:
-                    xp, origin = array_module(fill.slab.data), [s.start for s in fill.slab.index]
-                    for block, values in file.read(*self._dataset(fill.tensor, fill.piece), fill.region):
-                        fill.slab.data[block.relative(origin)] = xp.asarray(values)
+                    target = fill.slab.data[(*fill.region.relative([s.start for s in fill.slab.index]), ...)]
+                    file.fill(target, *self._dataset(fill.tensor, fill.piece), fill.region)
 
     def _open(self, name: str) -> reader.OpenFile:
         return reader.open_checked(self.path / name, self.manifest.files[name], self.manifest.algorithm)

@@ -31,6 +31,7 @@ BEAT = 20.0  # seconds between two touches
 MISSED = 15  # as many touches have to be missing, while we watch, before an owner on another machine counts as dead
 FORGOTTEN = 900.0  # seconds without a touch after which it does at once; clocks may differ by ten minutes
 _LIMIT = 1 << 16  # bytes of a lock that are read
+_LEAVE = 20.0  # seconds that the thread may take to notice that the lock is given back; it would make it again
 _TRIES, _PAUSE = 100, 0.05  # attempts, and seconds between two, while others make, remove or claim the lock
 _silent: set[tuple[object, ...]] = set()  # processes that gave no sign of life while we watched one of their locks
 _log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Lock:
         if self._thread is None:
             return
         self._released.set()
-        self._thread.join(BEAT)
+        self._thread.join(_LEAVE)
         self._thread = None
         with suppress(OSError):
             found = _read(self.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..plain import PlainFile
 from .slab import BLOCK
 
 if TYPE_CHECKING:
@@ -53,20 +54,29 @@ def to_readers(
 ) -> list[Move]:
     """The moves after which every node has the files that its ranks want, as even over the ranks as can be.
 
+    A file that one node alone has, and no other wants, goes to the next node, so that there are two of it again.
     sizes: of the files. wanted: by each rank. held: by each node. Raises CheckpointError for a file that no node has.
     """
     ranks = _by_node(nodes)
     holders: dict[str, list[int]] = {}
     for node, names in sorted(held.items()):
         for name in names:
-            holders.setdefault(name, []).extend(ranks[node])
+            holders.setdefault(name, []).append(node)
+    needed = {
+        node: {name for rank in members for name in wanted[rank]} - set(held.get(node, ()))
+        for node, members in sorted(ranks.items())
+    }
+    for name, (node, *others) in holders.items():
+        if len(ranks) > 1 and not others and not any(name in names for names in needed.values()):
+            needed[(node + 1) % len(ranks)].add(name)
     sent, received = ([0] * len(nodes) for _ in range(2))
     moves = []
-    for node, members in sorted(ranks.items()):
-        for name in sorted({name for rank in members for name in wanted[rank]} - set(held.get(node, ()))):
+    for node, names in needed.items():
+        for name in sorted(names):
             if name not in holders:
                 raise CheckpointError(f"{name} is on no node any more")
-            source, target = min(holders[name], key=sent.__getitem__), min(members, key=received.__getitem__)
+            senders = [rank for holder in holders[name] for rank in ranks[holder]]
+            source, target = min(senders, key=sent.__getitem__), min(ranks[node], key=received.__getitem__)
             sent[source] += sizes[name]
             received[target] += sizes[name]
             moves.append(Move(source, target, name, sizes[name]))
@@ -76,8 +86,9 @@ def to_readers(
 def make(moves: Sequence[Move], folder: Path, mesh: Mesh) -> None:
     """Make the moves, which are the same on every rank, from and to ``folder``, this rank's.
 
-    A file gets its name once all of it is there. Collective; makes no promise that anything is on the disk. An error of
-    this rank's disk is raised, as OSError, when all the moves have been gone through, so that no other rank waits.
+    All files get their names, once all of them are there, or none does. Collective; makes no promise that anything is
+    on the disk. An error of this rank's disk is raised, as OSError, when all the moves have been gone through, so that
+    no other rank waits: who calls has to tell the others.
     """
     errors: list[OSError] = []
     for now in _rounds(moves):
@@ -85,8 +96,27 @@ def make(moves: Sequence[Move], folder: Path, mesh: Mesh) -> None:
         ends += [_receive(move, folder, mesh, errors) for move in now if move.target == mesh.rank]
         for _ in itertools.zip_longest(*ends):  # both at once, block by block
             pass
+    failed = any(mesh.gather_objects(bool(errors)))
+    for path in (folder / move.name for move in moves if move.target == mesh.rank):
+        with _kept(path, errors):
+            if failed:
+                partial(path).unlink(missing_ok=True)
+            else:
+                os.replace(partial(path), path)
     if errors:
         raise errors[0]
+
+
+def place(path: Path, text: bytes) -> None:
+    """Write a file that appears, or takes the place of another, at once. Raises OSError."""
+    with _new(partial(path)) as file:
+        file.write(text)
+    os.replace(partial(path), path)
+
+
+def partial(path: Path) -> Path:
+    """The name of what is to be ``path`` while it is written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _by_node(nodes: Sequence[int]) -> dict[int, list[int]]:
@@ -111,7 +141,7 @@ def _rounds(moves: Sequence[Move]) -> list[list[Move]]:
 
 def _send(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
     comm: Any = mesh.comm
-    with _File(folder / move.name, "rb", errors) as file:
+    with _File(folder / move.name, PlainFile, errors) as file:
         for block in _blocks(move.bytes):
             file.read(block)
             request = comm.Isend(block, move.target, _TAG)
@@ -121,59 +151,60 @@ def _send(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterat
 
 def _receive(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
     comm: Any = mesh.comm
-    partial = folder / f".{move.name}.partial"
-    with _File(partial, "wb", errors) as file:
+    with _File(partial(folder / move.name), _new, errors) as file:
         for block in _blocks(move.bytes):
             request = comm.Irecv(block, move.source, _TAG)
             yield
             request.Wait()
             file.write(block)
-    if not errors:
-        with _kept(errors):
-            os.replace(partial, folder / move.name)
 
 
 def _blocks(size: int) -> Iterator[Any]:
     """One buffer, cut as long as each block of so many bytes is."""
-    buffer = np.empty(min(size, BLOCK), np.uint8)
+    buffer = np.zeros(min(size, BLOCK), np.uint8)  # a file that cannot be read sends nothing else of this process
     for at in range(0, size, BLOCK):
         yield buffer[: min(BLOCK, size - at)]
+
+
+def _new(path: Path) -> Any:
+    """A new file; of what may be there, left by a dead process or planted, nothing is followed or written to."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
 
 
 class _File:
     """A file whose errors are kept; after the first one it does nothing."""
 
-    def __init__(self, path: Path, mode: str, errors: list[OSError]) -> None:
+    def __init__(self, path: Path, opened: Callable[[Path], Any], errors: list[OSError]) -> None:
         self.path, self.errors = path, errors
         self._file: Any = None
-        with _kept(errors):
-            self._file = open(path, mode)
+        with _kept(path, errors):
+            self._file = opened(path)
 
     def __enter__(self) -> _File:
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._file is not None:
-            with _kept(self.errors):
+            with _kept(self.path, self.errors):
                 self._file.close()
 
     def read(self, block: Any) -> None:
         """Fill ``block``."""
         if not self.errors:
-            with _kept(self.errors):
-                if self._file.readinto(block) < len(block):
-                    raise OSError(f"{self.path} is shorter than it was a moment ago")
+            with _kept(self.path, self.errors):
+                self._file.readinto(block)
 
     def write(self, block: Any) -> None:
         """Write ``block``."""
         if not self.errors:
-            with _kept(self.errors):
+            with _kept(self.path, self.errors):
                 self._file.write(block)
 
 
 @contextmanager
-def _kept(errors: list[OSError]) -> Iterator[None]:
+def _kept(path: Path, errors: list[OSError]) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        errors.append(error)
+    except OSError as error:  # of an open file, the system does not say which
+        errors.append(error if error.filename else OSError(error.errno, error.strerror or str(error), str(path)))

@@ -1,10 +1,16 @@
 """Writing pieces to one file through parallel HDF5, whose MPI-IO gathers small runs into large writes.
 
-As in ``writer.py`` the file is laid out before; all that happens here is numbers.
+As in ``writer.py`` the file is laid out before; all that happens here is numbers. A collective write that fails on
+one rank leaves the others waiting for ever, within HDF5 and MPI-IO: so room is reserved, and limits are looked at,
+before the file is opened.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +23,8 @@ from . import digest, writer
 from .digest import Running
 from .storage import Storage
 from .writer import Part
+
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write(
@@ -40,6 +48,12 @@ def write(
     for part, mine in zip(parts, running, strict=True):
         by_name.setdefault(part[0].path, []).append((part, mine))
     failures: list[Exception] = []
+    with _kept(failures):
+        _make_room(path, reserve=comm.rank == 0)
+    if comm.allreduce(len(failures)):
+        if failures:
+            raise failures[0]
+        return [mine.hexdigest() for mine in running]  # of nothing: it is raised on another rank
     info = start_mpi().Info.Create(storage.info())
     with ExitStack() as stack:
         with h5py.File(path, "r+", driver="mpio", comm=comm, info=info) as file:
@@ -66,6 +80,20 @@ def write(
         digests = [mine.hexdigest() for mine in running]
         writer.settle(path, held.fileno(), parts, digests, at, storage.verify)
     return digests
+
+
+def _make_room(path: Path, reserve: bool) -> None:
+    """OSError if this process may not write all of the file, or, for the one that is to ``reserve`` it, if the disk or
+    the quota has no room; a file system that reserves nothing is believed."""
+    size = path.stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < size:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    if reserve and size:
+        with path.open("r+b") as file:  # not posix_fallocate, which writes to every block where there is no such call
+            failed = LIBC.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size))
+        if failed and (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise OSError(code, os.strerror(code), str(path))
 
 
 def _blocks(pairs: Sequence[tuple[Part, Running]]) -> Iterator[tuple[tuple[int, ...], Any]]:

@@ -111,15 +111,9 @@ class Owner:
         return None
 
     def _death_here(self) -> str | None:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+        if not running(self.pid):
             return "that process has ended"
-        except OSError:  # it is another user's
-            pass
-        state, start = _stat(self.pid)
-        if state and state in "ZX":
-            return "that process has ended"
+        start = _stat(self.pid)[1]
         if start is not None and self.start is not None and start != self.start:
             return "that process has ended, and its number is another's now"
         return None
@@ -134,6 +128,17 @@ def this_process() -> Owner:
     taken = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
     start = _stat(os.getpid())[1]
     return Owner(socket.gethostname(), _machine(), os.getpid(), start, user, job(), taken, secrets.token_hex(8))
+
+
+def running(pid: int) -> bool:
+    """Whether a process of this machine with that number runs; a zombie, which nobody has waited for, does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return _stat(pid)[0] not in ("Z", "X")
 
 
 def _machine() -> str:

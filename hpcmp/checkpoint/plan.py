@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .manifest import is_whole, on_disk
+from .runs import run_axis
 from .slab import Region
 
 Kind = tuple[tuple[int, ...], str]  # a tensor's shape and dtype
@@ -110,11 +111,3 @@ def _rounds(datasets: Mapping[str, Dataset], told: Sequence[Sequence[Place]]) ->
             blocks = sum(1 for _ in region.blocks(on_disk(dtype).itemsize))
             counts.setdefault(name, Counter())[rank] += blocks
     return {name: max(counts[name].values()) for name in datasets if name in scattered}
-
-
-def run_axis(shape: Sequence[int], count: Sequence[int]) -> int:
-    """The axis from which on a part of ``count`` elements is one run in a C-order array of ``shape``."""
-    axis = len(shape)
-    while axis and count[axis - 1] == shape[axis - 1]:
-        axis -= 1
-    return max(0, axis - 1)

@@ -36,6 +36,7 @@ def repack(checkpoint: Checkpoint, root: Path | str, storage: Storage | str) -> 
 
     root, mesh = Path(root), checkpoint.mesh or Mesh()
     with agreed(mesh, lambda who, why: InputError(why)):
+        directory.check_folder(root)
         if mesh.rank == 0 and directory.checkpoints(root):
             newest = directory.find(root)[1].step
             if newest != checkpoint.step:

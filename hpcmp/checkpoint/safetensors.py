@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from ..arrays import dtype_of
 from ..errors import CheckpointError, reason
-from ..plain import PlainFile
-from .plan import run_axis
+from ..plain import PlainFile, read_whole
+from .runs import runs
 from .slab import Region
 
 LIMIT = 16 << 20  # bytes of a header: some 100,000 tensors
@@ -58,7 +58,7 @@ class SafetensorsFile:
             self._file = stack.enter_context(PlainFile(path, links=True))
             length = int.from_bytes(self._bytes(8), "little") if self._file.size >= 8 else 0
             if not 2 <= length <= min(LIMIT, self._file.size - 8):
-                raise ValueError(f"not a safetensors file with a header of at most {LIMIT} bytes")
+                raise ValueError(f"truncated, or no safetensors file: there is no header of at most {LIMIT} bytes")
             self.tensors = _tensors(parse(self._bytes(length)), 8 + length, self._file.size)
             stack.pop_all()
 
@@ -76,7 +76,7 @@ class SafetensorsFile:
         logical = tensor.dtype.kind == "b"
         data = np.empty(region.count, np.uint8 if logical else tensor.dtype)
         into, at = data.reshape(-1).view(np.uint8).data, 0
-        offsets, elements = _runs(shape, region)
+        offsets, elements = runs(shape, region)
         with _about(self.path):
             for offset in (tensor.offset + data.itemsize * offsets).tolist() if data.size else ():
                 self._file.seek(offset)
@@ -122,12 +122,8 @@ def write(path: Path, tensors: Mapping[str, Kind], blocks: Callable[[str], Itera
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of at most LIMIT bytes. Raises CheckpointError naming the file."""
-    with _about(path), PlainFile(path, links=True) as file:
-        if file.size > LIMIT:
-            raise ValueError(f"longer than {LIMIT} bytes")
-        text = bytearray(file.size)
-        file.readinto(text)
-        return parse(bytes(text))
+    with _about(path):
+        return parse(read_whole(path, LIMIT, links=True))
 
 
 def parse(text: bytes) -> dict[str, Any]:
@@ -190,13 +186,3 @@ def _tensors(header: dict[str, Any], first: int, size: int) -> dict[str, Stored]
 
 def _counts(values: Any, most: int) -> bool:
     return isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**56 for v in values)
-
-
-def _runs(shape: tuple[int, ...], region: Region) -> tuple[NDArray[np.int64], int]:
-    """Where in an array of ``shape`` the contiguous runs of a region begin, in C order, and the elements of each."""
-    outer = run_axis(shape, region.count)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    starts = np.array([sum(a * stride for a, stride in zip(region.start, strides, strict=True))], np.int64)
-    for n, stride in zip(region.count[:outer], strides[:outer], strict=True):
-        starts = np.add.outer(starts, stride * np.arange(n)).reshape(-1)
-    return starts, math.prod(region.count[outer:])

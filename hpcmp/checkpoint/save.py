@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -77,9 +78,10 @@ class Saver:
     storage: a ``Storage``, or its kind: "auto" means a file for each rank. keep: a ``Keep``, or how many
     checkpoints stay, this one included; None for all. A checkpoint of the same step is replaced.
 
-    All methods but ``settle`` and ``abandon`` are collective, and raise CheckpointSaveError, the same on all ranks, if
-    the save fails: then there is none any more, and nothing else has changed. In the background a rank needs memory for
-    a copy of its slabs, which is kept for the next save. One save at a time, and one saver of a directory.
+    All methods but ``prepare``, ``settle`` and ``abandon`` are collective, and raise CheckpointSaveError, the same on
+    all ranks, if the save fails: then there is none any more, and nothing else has changed. In the background a rank
+    needs memory for a copy of its slabs, which is kept for the next save. One save at a time, and one saver of a
+    directory.
 
     The order of things is in docs/checkpoints.md: a crash at any moment leaves this checkpoint or the one before it.
     Raises InputError for a wrong ``storage``, ``keep`` or ``step``.
@@ -112,6 +114,14 @@ class Saver:
         done = self._advance()
         assert done is not None  # nothing was left to a thread
         return done
+
+    def prepare(self, slabs: Iterable[Slab]) -> None:
+        """Have the memory at hand for slabs that are going to be saved in the background. Not collective.
+
+        Without it the first such save is held up for longer. A rank that has too little memory says so when it saves.
+        """
+        with suppress(MemoryError):
+            self._memory.prepare([slab for slab in slabs if slab.data.size])
 
     def begin(self, step: int, slabs: Iterable[Slab], state: dict[str, Any]) -> None:
         """Begin to save in the background. Until ``settle`` returns, nothing may write to the slabs' arrays.
@@ -241,9 +251,11 @@ class Saver:
             while True:
                 if self._blocking:
                     task.finish()
-                if not ranks.all_reduce(np.array([float(task.is_alive())]), "max").wait()[0]:
+                working = ranks.all_reduce(np.array([float(task.is_alive())]), "max")
+                if not self._blocking:
+                    yield  # at the next poll all have long given their answer, and nobody waits for the slowest
+                if not working.wait()[0]:
                     break
-                yield
             self._task, work = None, task.result
         with agreed(self.mesh, self._failed):
             result = work()

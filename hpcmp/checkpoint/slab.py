@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays import Array
 
@@ -38,6 +39,10 @@ class Region:
         )
         count = tuple(b - a for a, b in zip(start, stop, strict=True))
         return Region(start, count) if all(n > 0 for n in count) else None
+
+    def moved(self, origin: Sequence[int]) -> Region:
+        """The region in the coordinates of an array whose first element lies at ``origin``."""
+        return Region(tuple(a - o for a, o in zip(self.start, origin, strict=True)), self.count)
 
     def blocks(self, itemsize: int) -> Iterator[Region]:
         """The region cut into parts of at most BLOCK bytes, whose elements follow one another in its C order."""
@@ -97,19 +102,73 @@ def placeholder(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Slab
 
 
 def check_tiling(shape: tuple[int, ...], regions: Sequence[Region]) -> None:
-    """ValueError unless the regions, each within ``shape``, cover it exactly once: right volume, and no two meet."""
-    start = np.array([r.start for r in regions], np.int64).reshape(len(regions), len(shape))
-    stop = start + np.array([r.count for r in regions], np.int64).reshape(start.shape)
-    for first in range(0, len(regions), 256):
-        a, b = start[first : first + 256, None], stop[first : first + 256, None]
-        meets: NDArray[np.bool_] = np.all((a < stop) & (start < b), axis=2)
-        meets[np.arange(len(meets)), np.arange(first, first + len(meets))] = False  # a region and itself
-        if meets.any():
-            i, j = np.argwhere(meets)[0]
-            raise ValueError(f"{_text(regions[first + i])} and {_text(regions[j])} overlap")
+    """ValueError unless the regions, each within ``shape`` and none empty, cover it exactly once.
+
+    They do if their volumes add up to that of the whole, and do so again when a coordinate x lies at a random place
+    m(x) on its axis: then what is covered once counts as before, and a gap no longer makes up for an overlap. The
+    places are integers modulo a prime of 61 bits, drawn anew each time: whatever the regions are, a set that is no
+    tiling passes with a probability of at most 2 axes / 2^61 (a polynomial in the places that is not zero: Schwartz
+    and Zippel), and a tiling never fails. Takes time in proportion to regions x axes, however they lie.
+    """
     covered, whole = sum(r.size for r in regions), math.prod(shape)
-    if covered != whole:
+    if covered < whole:
         raise ValueError(f"only {covered} of {whole} elements are there")
+    draw = random.Random()  # seeded by the system
+    places = [defaultdict[int, int](lambda: draw.getrandbits(61)) for _ in shape]
+    parts = [_Part(r, [(m[a + n] - m[a]) % _PRIME for a, n, m in _axes(r, places)]) for r in regions]
+    extents = [(m[n] - m[0]) % _PRIME for n, m in zip(shape, places, strict=True)]
+    if covered > whole or sum(_product(part.extents) for part in parts) % _PRIME != _product(extents):
+        first, second = _meeting(shape, extents, parts)
+        raise ValueError(f"{_text(first)} and {_text(second)} overlap")
+
+
+_PRIME = 2**61 - 1
+
+
+class _Part(NamedTuple):
+    """A region, and how far it extends along each axis by the random places of its ends."""
+
+    region: Region
+    extents: list[int]
+
+
+def _axes(region: Region, places: Sequence[dict[int, int]]) -> Iterator[tuple[int, int, dict[int, int]]]:
+    return zip(region.start, region.count, places, strict=True)
+
+
+def _product(extents: Sequence[int]) -> int:
+    product = 1
+    for extent in extents:
+        product = product * extent % _PRIME
+    return product
+
+
+def _meeting(shape: Sequence[int], extents: Sequence[int], parts: Sequence[_Part]) -> tuple[Region, Region]:
+    """Two regions that meet, where the volumes of ``parts`` are at least that of the whole, and one of them is wrong.
+
+    That much is then true of some layer between two coordinates of the first axis, and the parts in it, too: one with
+    more than it has room for, else one in which the random volumes are wrong. Within it the same goes for the next
+    axis, and so on: what is left at the end shares a point.
+    """
+    for axis in range(len(shape)):
+        room, target = math.prod(shape[axis + 1 :]), _product(extents[axis + 1 :])
+        steps: dict[int, tuple[int, int]] = {}  # what begins at a coordinate, less what ends: both volumes
+        for region, own in parts:
+            begin, count = region.start[axis], region.count[axis]
+            volume, drawn = math.prod(region.count[axis + 1 :]), _product(own[axis + 1 :])
+            for at, sign in ((begin, 1), (begin + count, -1)):
+                old = steps.get(at, (0, 0))
+                steps[at] = old[0] + sign * volume, old[1] + sign * drawn
+        layer, covered, found = 0, 0, 0
+        for at in sorted(steps)[:-1]:
+            covered, found = covered + steps[at][0], found + steps[at][1]
+            if covered > room:
+                layer = at
+                break
+            if found % _PRIME != target:
+                layer = at
+        parts = [p for p in parts if p.region.start[axis] <= layer < p.region.start[axis] + p.region.count[axis]]
+    return parts[0].region, parts[1].region
 
 
 def _text(region: Region) -> str:

@@ -7,14 +7,16 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import array_module
+from .background import Task, check
 from .directory import step_name
-from .slab import Slab
+from .slab import BLOCK, Slab
 
 _ALIGNED = 64  # bytes: where each array begins
 
@@ -48,12 +50,25 @@ class Memory:
 
     def __init__(self) -> None:
         self._block: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._clearing: Task[None] | None = None
+
+    def prepare(self, slabs: Sequence[Slab]) -> None:
+        """Take the memory for such slabs before it is needed, and have a thread write to it once.
+
+        So the first snapshot is as fast as the others. Raises MemoryError.
+        """
+        self.like(slabs)
+        self._clearing = Task(partial(_clear, self._block))
 
     def like(self, slabs: Sequence[Slab]) -> list[Slab]:
         """The slabs with other arrays: in this memory, of the same shapes and dtypes, with anything in them.
 
         Pinned if some slabs lie on a GPU. Raises MemoryError.
         """
+        if self._clearing is not None:
+            self._clearing.give_up()
+            self._clearing.finish()  # however long: what it clears would be lost
+            self._clearing = None
         ends = [0]
         for slab in slabs:
             ends.append(-(-(ends[-1] + slab.data.nbytes) // _ALIGNED) * _ALIGNED)
@@ -97,6 +112,12 @@ class Copying:
     def settle(self) -> None:
         """Wait until there is nothing left to copy."""
         self._settled.wait()
+
+
+def _clear(block: NDArray[np.uint8]) -> None:
+    for at in range(0, block.size, BLOCK):
+        check()
+        block[at : at + BLOCK] = 0  # lets go of Python's lock
 
 
 def _empty(size: int, pinned: bool) -> NDArray[np.uint8]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import CheckpointError
-from . import manifest, moves, reader
+from ..plain import read_whole
+from . import local_steps, manifest, moves
 from .agree import agreed
 from .load import Checkpoint
-from .manifest import Manifest
 from .slab import Slab
 
 if TYPE_CHECKING:
     from ..comm.mesh import Mesh
 
+_COPIES = 2  # of a file that stay after a load: a node's own, and its partner's
 _log = logging.getLogger("hpcmp")
 
 
@@ -24,18 +29,6 @@ def team(mesh: Mesh) -> list[int]:
     """The ranks of this rank's node."""
     nodes = mesh.topology.nodes
     return [rank for rank, node in enumerate(nodes) if node == nodes[mesh.rank]]
-
-
-def held(path: Path, content: Manifest) -> list[str]:
-    """The files of ``content`` that are in ``path``, of the right length."""
-    found = []
-    for name, file in content.files.items():
-        try:
-            reader.check_size(path / name, file)
-            found.append(name)
-        except CheckpointError:
-            continue
-    return found
 
 
 class SpreadCheckpoint(Checkpoint):
@@ -48,35 +41,61 @@ class SpreadCheckpoint(Checkpoint):
     def __init__(self, path: Path, text: bytes, mesh: Mesh, loaded: Callable[[Path], None]) -> None:
         super().__init__(path, manifest.parse(text, path / manifest.NAME), mesh)
         self._text, self._loaded, self._mesh, self._team = text, loaded, mesh, team(mesh)
+        self._leads = mesh.rank == self._team[0]
+        self._damaged: set[str] = set()  # of the files here
+        self._surplus: set[str] = set()  # of the files here, once they are loaded
 
     def load(self, slabs: Iterable[Slab], *, verify: bool = True) -> None:
-        """As ``Checkpoint.load``. A file that is damaged is removed, and its copy on another node taken."""
+        """As ``Checkpoint.load``. The place of a file that is damaged is taken by its copy from another node."""
         slabs = list(slabs)
         for last in (False, False, True):
-            self._fetch(slabs)
             try:
+                self._fetch(slabs)
                 super().load(slabs, verify=verify)
                 break
             except CheckpointError as error:
-                if last or not self._weed():
+                if last or not self._examine():
                     raise
                 if self._mesh.rank == 0:
                     _log.warning("%s; looking for its copy", error)
+        for name in self._surplus if self._leads else ():
+            with suppress(OSError):
+                (self.path / name).unlink()
         self._loaded(self.path)
 
     def _fetch(self, slabs: Iterable[Slab]) -> None:
-        """Have every file here that this node's ranks need."""
+        """Have every file here that this node's ranks need, and every file on two nodes."""
         nodes = self._mesh.topology.nodes
-        told = self._mesh.gather_objects((self._wanted(slabs), held(self.path, self.manifest)))
+        with agreed(self._mesh, self._failed):
+            if self._leads:
+                local_steps.own(self.path.parent)
+        here = [name for name in local_steps.held(self.path, self.manifest) if name not in self._damaged]
+        told = self._mesh.gather_objects((self._wanted(slabs), here))
         with agreed(self._mesh, self._failed):
             sizes = {name: file.bytes for name, file in self.manifest.files.items()}
             there = {nodes[rank]: names for rank, (_, names) in enumerate(told)}
             needed = moves.to_readers(nodes, sizes, [wanted for wanted, _ in told], there)
-            if self._mesh.rank == self._team[0] and not (self.path / manifest.NAME).exists():
-                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                (self.path / manifest.NAME).write_bytes(self._text)
+            if self._leads:
+                self._hold_manifest()
         with agreed(self._mesh, self._failed):
             moves.make(needed, self.path, self._mesh)
+        copies = Counter(name for names in there.values() for name in names)
+        for move in needed:
+            copies[move.name] += 1
+            if nodes[move.target] == nodes[self._mesh.rank]:
+                self._damaged.discard(move.name)
+                self._surplus.discard(move.name)
+                if copies[move.name] > _COPIES:
+                    self._surplus.add(move.name)
+
+    def _hold_manifest(self) -> None:
+        """Have the directory, and the manifest in it."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        file = self.path / manifest.NAME
+        with suppress(OSError):
+            if read_whole(file, manifest.LIMIT) == self._text:
+                return
+        moves.place(file, self._text)
 
     def _wanted(self, slabs: Iterable[Slab]) -> set[str]:
         """The files with a part of what ``slabs`` are to hold; what does not fit is for ``load`` to say."""
@@ -87,24 +106,25 @@ class SpreadCheckpoint(Checkpoint):
                 wanted |= {piece.file for piece in tensor.pieces if piece.region.intersection(region)}
         return wanted
 
-    def _weed(self) -> bool:
-        """Remove the damaged ones of the files here, each rank of the node looking at some; whether any rank did."""
-        names = held(self.path, self.manifest)
-        self._mesh.gather_objects(None)  # nobody removes what another has yet to list
-        damaged = [
-            name for name in names[self._team.index(self._mesh.rank) :: len(self._team)] if not self._sound(name)
-        ]
-        with agreed(self._mesh, self._failed):
-            for name in damaged:
-                (self.path / name).unlink()
-        return any(self._mesh.gather_objects(damaged))
+    def _examine(self) -> bool:
+        """Find the damaged ones of the files on each node, whose ranks share the work; whether there are any that were
+        not known. Nothing is removed: what cannot be read now may be read another time."""
+        mine = self._team.index(self._mesh.rank)
+        names = [name for name in local_steps.held(self.path, self.manifest) if name not in self._damaged]
+        told = self._mesh.gather_objects([name for name in names[mine :: len(self._team)] if not self._sound(name)])
+        self._damaged.update(name for rank in self._team for name in told[rank])
+        return any(told)
 
     def _sound(self, name: str) -> bool:
+        slabs = []
+        for tensor, content in self.manifest.tensors.items():
+            for piece in content.pieces:
+                if piece.file == name:
+                    index = piece.region.relative((0,) * len(piece.start))
+                    numbers = np.broadcast_to(np.empty((), content.dtype), piece.count)  # which nobody looks at
+                    slabs.append(Slab(tensor, content.shape, index, numbers))
         try:
-            for tensor, content in self.manifest.tensors.items():
-                for piece in content.pieces:
-                    if piece.file == name:
-                        self.read(tensor, piece.region.relative((0,) * len(piece.start)))
+            Checkpoint(self.path, self.manifest).check(slabs)
         except CheckpointError:
             return False
         return True

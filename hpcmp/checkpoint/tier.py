@@ -7,21 +7,21 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, InputError
-from . import directory, manifest, moves, share
+from ..errors import InputError
+from ..plain import read_whole
+from . import directory, local_steps, lock, manifest, moves, share
 from .agree import agreed, broadcast, gather
-from .manifest import Manifest
 from .plan import Plan
 from .save import CheckpointSaveError
 from .slab import Slab
-from .spread import SpreadCheckpoint, held, team
+from .spread import SpreadCheckpoint, team
 from .storage import Storage
 from .tiling import in_order, make_plan
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ..comm.mesh import Mesh
 
 NAME = "local"  # of the file beside the ordinary checkpoints
-KEPT = 2  # steps: one is whole while the next is written
-_STEP = re.compile(r"(step_[0-9]{8,18})-[0-9a-f]{16}")
+KEPT = 2  # steps that are on the disk at any moment, the one included that is being written
 _STORAGE = Storage("files", verify="no")  # digests are compared when a file is read
 _log = logging.getLogger("hpcmp")
 
@@ -38,14 +37,20 @@ _log = logging.getLogger("hpcmp")
 def open_tier(folder: str, root: Path, mesh: Mesh, *, fresh: bool) -> LocalTier:
     """The local tier, in ``folder``, of the run whose ordinary checkpoints lie in ``root``.
 
-    The file ``local`` there has the run's name: drawn when there is none yet, or the run begins anew (``fresh``).
-    Collective. Raises InputError, the same on every rank.
+    The file ``local`` there has the run's name: drawn when there is none, or the run begins anew (``fresh``); what is
+    here under the name before is removed once there is a step under the new one. Collective. Raises InputError, the
+    same on every rank.
     """
+    named = "", ""
     with agreed(mesh, _unfit):
-        name = _name(root / NAME, fresh) if mesh.rank == 0 else ""
-    name = broadcast(mesh, name)
+        if mesh.rank == 0:
+            named = _name(root / NAME, fresh)
+    name, before = broadcast(mesh, named)
     with agreed(mesh, _unfit):
-        tier = LocalTier(folder, name, mesh)
+        tier = LocalTier(folder, name, mesh, root)
+        if before and before != name:
+            tier.former = LocalTier(folder, before, mesh)
+    tier.known = before == name
     return tier
 
 
@@ -53,29 +58,36 @@ class LocalTier:
     """Checkpoints of a run in a directory that each node has to itself: on its own disk, or in its memory (/dev/shm).
 
         tier.save(step, slabs, state)      # between two ordinary checkpoints
-        tier.checkpoints(after=saved)      # at a restart: those that can be loaded, the newest first
+        tier.checkpoints()                 # at a restart: those that can be loaded, the newest first
         tier.clear()                       # at the end
 
     A step is an ordinary checkpoint with a file for each rank, spread over the nodes: a node's directory has the
     manifest, the files of its own ranks, and those of the node before. So any node may be lost, and more of them if no
-    two are neighbours; on a single node there are no second copies.
+    two are neighbours; on a single node there are no second copies. At no moment are there more than two steps: what a
+    node holds is four times what its ranks own, on nodes that are alike.
 
     folder: the directory; $VARIABLES and "{node}" (the node's number) are filled in on each node. run: what tells the
-    run's steps from others' in it. Methods are collective. What fails in ``save`` ends the tier, with a warning, never
-    the run. Raises InputError for a variable that is not set.
+    run's steps from others' in it: nothing is read, written or removed but in its directory, which must be this user's
+    alone. home: where the run's ordinary checkpoints lie, if it has its lock. Methods are collective. What fails in
+    ``save`` ends the tier, with a warning, never the run. Raises InputError for a variable that is not set.
+
+    known: whether the run may have saved in it before. former: the tier of the name that the run had before.
     """
 
-    def __init__(self, folder: str, run: str, mesh: Mesh) -> None:
+    def __init__(self, folder: str, run: str, mesh: Mesh, home: Path | None = None) -> None:
         nodes = mesh.topology.nodes
         node = nodes[mesh.rank]
         place = os.path.expandvars(folder).replace("{node}", str(node))
         if "$" in place:
             raise InputError(f"{place} has a variable that is not set there")
-        self.mesh, self.root, self.off = mesh, Path(place) / run, False
+        self.mesh, self.home, self.off, self.known = mesh, home, False, False
+        self.root = Path(place).expanduser() / run
+        self.former: LocalTier | None = None
         self.leader = team(mesh)[0]  # does what is to be done once on a node
         self.leads = mesh.rank == self.leader
         self._plan: Plan | None = None
         self._kept: list[Path] = []
+        self._told = False
 
     def save(self, step: int, slabs: Iterable[Slab], state: dict[str, Any]) -> bool:
         """Save what ``hpcmp.checkpoint.save`` would, on the nodes; whether it is saved."""
@@ -90,8 +102,12 @@ class LocalTier:
         return not self.off
 
     def checkpoints(self, after: str = "") -> list[SpreadCheckpoint]:
-        """Those saved after the time ``after`` of which every file is on some node, the newest first."""
-        here = self._look() if self.leads else {}
+        """Those of which every file is on some node, the last one saved first.
+
+        after: when the newest ordinary checkpoint was saved. It is told if one that was saved later is not whole any
+        more, or if nothing is left.
+        """
+        here = local_steps.look(self.root) if self.leads else {}
         told = self.mesh.gather_objects({name: (c.saved, len(c.files), files) for name, (c, _, files) in here.items()})
         steps: dict[tuple[str, int, str], set[str]] = {}
         holder: dict[str, int] = {}
@@ -101,29 +117,33 @@ class LocalTier:
                 holder.setdefault(name, rank)
         found = []
         for (saved, count, name), have in sorted(steps.items(), reverse=True):
-            if saved > after and len(have) == count:
+            if len(have) == count:
                 text = broadcast(self.mesh, here[name][1] if name in here else None, holder[name])
-                found.append(SpreadCheckpoint(self.root / name, text, self.mesh, self.keep))
+                found.append(SpreadCheckpoint(self.root / name, text, self.mesh, self._keep))
+            elif self.mesh.rank == 0 and saved > after and not found:
+                step, lost = int(name[5:].partition("-")[0]), count - len(have)
+                _log.warning("local checkpoint of step %d: %d of its %d files are on no node here", step, lost, count)
+        if self.known and not steps and self.mesh.rank == 0:
+            _log.warning("checkpoint.local: there is no step of this run on its nodes")
+        self._kept = [checkpoint.path for checkpoint in found[:1]]
         return found
 
     def clear(self) -> None:
-        """Remove all steps of the run."""
+        """Remove all steps of the run, and its name."""
         if self.leads:
-            self._prune(())
-            try:
+            local_steps.prune(self.root, ())
+            with suppress(OSError):  # it never was, or holds what is not ours
                 self.root.rmdir()
-            except OSError:  # it never was, or holds what is not ours
-                pass
+        self.mesh.gather_objects(None)
+        if self.home and self.mesh.rank == 0:
+            with suppress(OSError):
+                (self.home / NAME).unlink()
 
-    def folder(self, step: int, text: bytes) -> Path:
-        """This node's directory of the step whose manifest is ``text``."""
-        return self.root / f"{directory.step_name(step)}-{sha256(text).hexdigest()[:16]}"
-
-    def keep(self, path: Path) -> None:
-        """Count ``path`` as the newest step; remove all but KEPT."""
-        self._kept = [*self._kept, path][-KEPT:]
+    def _keep(self, *paths: Path) -> None:
+        """Remove all steps but these."""
+        self._kept = list(paths)
         if self.leads:
-            self._prune(self._kept)
+            local_steps.prune(self.root, self._kept)
 
     def _save(self, step: int, slabs: Iterable[Slab], state: dict[str, Any]) -> None:
         mesh = self.mesh
@@ -139,8 +159,13 @@ class LocalTier:
                 json.dumps(state, sort_keys=True)
             self._plan = make_plan(parts, _STORAGE.kind, mesh, self._plan, failed)
             with agreed(mesh, failed):
+                if self.home and mesh.rank == 0:
+                    lock.check(self.home)
                 if self.leads:
-                    self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    local_steps.own(self.root)
+                    local_steps.prune(self.root, self._kept[1 - KEPT :])
+            with agreed(mesh, failed):
+                if self.leads:
                     temporary = directory.begin(self.root, step)
             folder = mesh.gather_objects(temporary)[self.leader]
             with agreed(mesh, failed):
@@ -157,51 +182,32 @@ class LocalTier:
                 if mesh.rank == 0:
                     text = share.manifest(step, plan, gathered, state).render()
             text = broadcast(mesh, text)
+            final = local_steps.folder(self.root, step, text)
             with agreed(mesh, failed):
                 if self.leads:
                     at("manifest")
                     (folder / manifest.NAME).write_bytes(text)
-                    _rename(folder, self.folder(step, text))
-            self.keep(self.folder(step, text))
+                    local_steps.commit(folder, final)
+            self._keep(*self._kept[1 - KEPT :], final)
+            self._tell(owners)
         except CheckpointSaveError:
             if temporary and temporary.exists():
                 directory.discard(temporary)
             raise
 
-    def _look(self) -> dict[str, tuple[Manifest, bytes, list[str]]]:
-        """The steps on this node: name -> the manifest, its text, the files of it that are here."""
-        found = {}
-        for path in self._steps():
-            try:
-                content, _ = manifest.read(path / manifest.NAME)
-                text = (path / manifest.NAME).read_bytes()
-            except (CheckpointError, OSError):  # other nodes have it too
-                continue
-            if self.folder(content.step, text) == path:
-                found[path.name] = content, text, held(path, content)
-        return found
-
-    def _steps(self) -> list[Path]:
-        try:
-            return [path for path in sorted(self.root.iterdir()) if _STEP.fullmatch(path.name)]
-        except OSError:
-            return []
-
-    def _prune(self, kept: Collection[Path]) -> None:
-        for path in self._steps():
-            if path not in kept:
-                try:  # under a name that is swept, should this process die now
-                    path = path.rename(directory.hidden(self.root / path.name.partition("-")[0], "tmp"))
-                except OSError:
-                    continue
-                directory.discard(path)
-
-
-def _rename(folder: Path, final: Path) -> None:
-    try:
-        folder.rename(final)
-    except OSError as error:
-        raise OSError(f"{final}: {error.strerror}: is the directory of each node its own?") from None
+    def _tell(self, owners: dict[str, tuple[int, int]]) -> None:
+        """Once: what this takes of a disk, or of the memory. And what was under a former name goes."""
+        if self.former:
+            self.former.clear()
+            self.former = None
+        if self.mesh.rank or self._told:
+            return
+        self._told, nodes = True, self.mesh.topology.nodes
+        sizes = [0] * (max(nodes) + 1)
+        for rank, size in owners.values():
+            sizes[nodes[rank]] += size
+        most = max(size + (sizes[node - 1] if len(sizes) > 1 else 0) for node, size in enumerate(sizes))
+        _log.info("checkpoint.local: %.1f MB at most on a node, in %s", KEPT * most / 1e6, self.root)
 
 
 def _unsaved(step: int, who: str, why: str) -> CheckpointSaveError:
@@ -212,11 +218,15 @@ def _unfit(who: str, why: str) -> InputError:
     return InputError(f"checkpoint.local: {who}{why}")
 
 
-def _name(path: Path, fresh: bool) -> str:
-    if not fresh and path.exists():
-        name = path.read_text(errors="replace").strip()
-        if re.fullmatch("[0-9a-f]{16}", name):
-            return name
+def _name(path: Path, fresh: bool) -> tuple[str, str]:
+    """The run's name, and the one that it had before, or ""."""
+    try:
+        before = read_whole(path, 64).decode(errors="replace").strip()
+    except OSError:  # there is none
+        before = ""
+    before = before if re.fullmatch("[0-9a-f]{16}", before) else ""
+    if before and not fresh:
+        return before, before
     name = secrets.token_hex(8)
-    path.write_text(f"{name}\n")
-    return name
+    moves.place(path, f"{name}\n".encode())
+    return name, before

@@ -9,7 +9,6 @@ the error of one system call.
 from __future__ import annotations
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from . import digest, reader
 from .background import Task
 from .guarded import GuardedFile
 from .manifest import on_disk
-from .plan import Dataset, run_axis
+from .plan import Dataset
+from .runs import runs
 from .slab import Region, Slab
 
 Part = tuple[Dataset, Slab, Region]  # where to, the array, which region of the tensor it is
@@ -133,20 +133,16 @@ def blocks(item: Dataset, slab: Slab, region: Region) -> Iterator[tuple[Region, 
 
 def _place(descriptor: int, offset: int, item: Dataset, block: Region, host: Any) -> None:
     """Write a block's numbers to where they belong in the dataset that begins at ``offset``: run by run."""
-    strides = [host.dtype.itemsize * math.prod(item.shape[axis + 1 :]) for axis in range(len(item.shape))]
-    outer = run_axis(item.shape, block.count)
-    starts = np.array(
-        [offset + sum((a - o) * s for a, o, s in zip(block.start, item.origin, strides, strict=True))], np.int64
-    )
-    for n, stride in zip(block.count[:outer], strides[:outer], strict=True):
-        starts = np.add.outer(starts, stride * np.arange(n)).reshape(-1)
-    view = memoryview(host.reshape(-1).view(np.uint8))
-    run = len(view) // len(starts)
-    for i, at in enumerate(map(int, starts)):
-        left = view[i * run : (i + 1) * run]
+    starts, length = runs(item.shape, block.moved(item.origin))
+    view, run = memoryview(host.reshape(-1).view(np.uint8)), length * host.dtype.itemsize
+    for i, start in enumerate(starts):
+        left, at = view[i * run : (i + 1) * run], offset + int(start) * host.dtype.itemsize
         while left:
             written = os.pwrite(descriptor, left, at)
             left, at = left[written:], at + written
+    if len(starts) == 1:  # else others write in between, and the disk would get it more than once
+        # The disk begins at once, not when fsync asks it to. What is on its way there is not forgotten by this advice.
+        os.posix_fadvise(descriptor, at - len(view), len(view), os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

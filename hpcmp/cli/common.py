@@ -24,7 +24,8 @@ OK, FAILED, BAD_INPUT, INTERNAL, CONTINUE, SIGNAL = 0, 1, 2, 70, 75, 128
 #: The exit codes of every command; docs/exit-codes.md explains them.
 EXIT_CODES = {
     "0": "success",
-    "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem",
+    "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem; "
+    "or a checkpoint could not be saved",
     "2": "bad input, or a directory that another run is using: one line on stderr names the file, key or flag",
     "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
     "75": "stopped early with a checkpoint, at the time limit or by SIGTERM or SIGUSR1: run it again to go on",
@@ -114,11 +115,17 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
     code = int(result.get("exit_code", OK))
     rank, _, mpi = _world()
     if rank == 0:
-        if args.json:
-            print(to_json(result | {"exit_code": code}))
-        elif hasattr(args, "show"):
-            print(args.show(result))
-        sys.stdout.flush()
+        try:
+            if args.json:
+                print(to_json(result | {"exit_code": code}))
+            elif hasattr(args, "show"):
+                print(args.show(result))
+            sys.stdout.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            _forget_stdout()
+            raise InputError(f"stdout: {error.strerror}") from None
     elif code != OK and mpi is None:
         _await_turn(rank)  # nothing else keeps rank 0 alive until it has printed
     return code
@@ -164,9 +171,14 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return INTERNAL, f"internal error: {type(error).__name__}: {error}"
 
 
+def _forget_stdout() -> None:
+    """What is left in the buffer of stdout goes nowhere, and so does what follows."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(code: int, message: str, error: BaseException, who: str, as_json: bool) -> None:
-    if not message:  # the reader of stdout has gone, as `| head` does: what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not message:  # the reader of stdout has gone, as `| head` does
+        _forget_stdout()
         return
     if as_json:
         print(to_json({"error": message, "exit_code": code}), flush=True)

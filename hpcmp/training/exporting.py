@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..arrays import dtype_of
 from ..checkpoint import Checkpoint, Slab, safetensors
 from ..checkpoint.agree import agreed, broadcast
-from ..checkpoint.directory import hidden, write_file
+from ..checkpoint.directory import check_folder, discard, hidden, sweep, write_file
 from ..checkpoint.relayout import fill
 from ..checkpoint.safetensors import Kind
 from ..checkpoint.safetensors_model import INDEX, index_text, shards
@@ -49,8 +49,9 @@ def export_model(
 
     There is model.safetensors, or files of at most ``shard_bytes`` (or of one tensor) and their index; config.json; and
     tokenizer.json, unless tokens are bytes. dtype: that of the numbers, as ``dtype_of`` knows it; None: as saved. What
-    is written has been compared with its digests first. The folder appears complete or not at all. A rank has a block
-    of 16 MiB in hand, and none has the model. progress: is told how many bytes this rank has written, of how many.
+    is written has been compared with its digests first. The folder appears complete or not at all; what an export to
+    the same place left behind when it was killed is removed. A rank has a block of 16 MiB in hand, and none has the
+    model. progress: is told how many bytes this rank has written, of how many.
 
     Collective if the checkpoint was opened with a mesh: its ranks share the files. Raises InputError (CheckpointError
     for a damaged checkpoint), the same on all ranks.
@@ -65,10 +66,12 @@ def export_model(
             mine = list(files.items())[rank::size]
             if rank == 0 and os.path.lexists(folder):
                 raise InputError(f"{folder}: is there already; export makes a new folder")
+            check_folder(folder.parent)
         checkpoint.check(model.sources(name for _, part in mine for name in part))
         with agreed(mesh, _failed):
             if rank == 0:
                 folder.parent.mkdir(parents=True, exist_ok=True)
+                sweep(folder.parent, re.escape(folder.name))
                 temporary = hidden(folder, "tmp")
                 temporary.mkdir()
         temporary = broadcast(mesh, temporary)
@@ -85,8 +88,8 @@ def export_model(
                 temporary.rename(folder)
                 sync(folder.parent)
     except BaseException:
-        if rank == 0 and temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if rank == 0 and temporary is not None and temporary.exists():
+            discard(temporary)
         raise
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 

@@ -16,6 +16,7 @@ from .. import __version__, partition
 from ..arrays import dtype_of
 from ..checkpoint import Slab, checkpoints, save
 from ..checkpoint.agree import agreed
+from ..checkpoint.directory import check_folder
 from ..checkpoint.relayout import fill
 from ..checkpoint.safetensors import read_json
 from ..checkpoint.safetensors_model import SafetensorsModel
@@ -27,7 +28,7 @@ from ..models import hugging_face
 from ..models.architecture import Architecture
 from ..models.hugging_face import Part, Tensor
 from ..models.hugging_face_config import from_config
-from ..plain import PlainFile
+from ..plain import read_whole
 from .config import Config, Model, Train
 from .engine import architecture
 from .exporting import BYTES, CONFIG, TOKENIZER
@@ -52,11 +53,14 @@ def import_model(
     ranks.
     """
     with agreed(mesh, _failed):
+        check_folder(root)
         if checkpoints(root):
             raise InputError(f"{root}: there are checkpoints in it already; import to a new folder")
         if not source.exists():
             raise InputError(f"{source}: there is no such folder, or safetensors file")
         folder = source if source.is_dir() else source.parent
+        if not (folder / CONFIG).exists():
+            raise InputError(f"{folder}: no model of Hugging Face's: there is no {CONFIG} in it")
         given = read_json(folder / CONFIG)
         files = SafetensorsModel(source)
     with files:
@@ -142,12 +146,7 @@ def _definition(folder: Path, given: dict[str, Any]) -> str:
     if not path.exists():
         return ""
     try:
-        with PlainFile(path, links=True) as file:
-            if file.size > TOKENIZER_LIMIT:
-                raise InputError(f"{path}: longer than {TOKENIZER_LIMIT} bytes")
-            text = bytearray(file.size)
-            file.readinto(text)
-        return text.decode()
+        return read_whole(path, TOKENIZER_LIMIT, links=True).decode()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import Checkpoint, CheckpointSaveError, Keep, Saved, Saver, Storage, open_checkpoint
+from ..checkpoint import Checkpoint, CheckpointSaveError, Keep, Saved, Saver, Storage
+from ..checkpoint.agree import agreed
+from ..checkpoint.directory import scan
+from ..checkpoint.manifest import Manifest
 from ..checkpoint.tier import LocalTier, open_tier
 from ..errors import CheckpointError
 from .config import Config
@@ -39,12 +42,15 @@ class Saving:
         storage, keep = Storage(c.storage, c.verify, c.alignment, c.hints), Keep(c.keep, c.keep_every, c.keep_best)
         self.saver = Saver(root, engine.mesh, storage=storage, keep=keep)
         self.last: tuple[int, Path] | None = None
+        self._found: list[tuple[str, int, Path]] = []  # when each in ``root`` was saved, "" if it is not complete
         self.facts: Callable[[bool], dict[str, Any]] = lambda rated: {}
         self.tier: LocalTier | None = None
         if c.local:
             self.tier = open_tier(c.local, root, engine.mesh, fresh=not c.resume)
         self.behind = c.asynchronous and c.storage != "mpio"
         self._pressed = False
+        if self.behind:
+            self.saver.prepare(self._slabs())
         engine.before_update = self.saver.settle
         if c.asynchronous and not self.behind and self.logs:
             log.warning('checkpoint.asynchronous: in checkpoint.storage = "mpio" all ranks write together: steps wait')
@@ -87,17 +93,23 @@ class Saving:
             tokens = step * self.config.train.batch * self.config.model.sequence
             self.metrics.write({"step": step - 1, "tokens": tokens, "local_seconds": time.perf_counter() - start})
 
-    def local_checkpoints(self, found: Sequence[Path]) -> list[Checkpoint]:
-        """Those on the nodes that were saved after the newest in ``root``, where ``found`` are, the newest first."""
-        after = ""
-        for path in found if self.tier else ():
-            try:
-                newest = open_checkpoint(path, self.engine.mesh)
-                after, self.last = newest.saved, (newest.step, newest.path)
-                break
-            except CheckpointError:  # told when it is its turn to be loaded
-                continue
-        return list(self.tier.checkpoints(after)) if self.tier else []
+    def sources(self) -> list[Checkpoint | Path]:
+        """What the run can go on from, the last one saved first: checkpoints on the nodes, and in ``root``, of which
+        those that are not complete stand at the end."""
+        root, mesh, found = self.saver.root, self.engine.mesh, self._found
+        with agreed(mesh, lambda who, why: CheckpointError(f"{who}{why}")):
+            for path, entry in scan(root) if mesh.rank == 0 else ():
+                found.append((entry.saved, entry.step, path) if isinstance(entry, Manifest) else ("", 0, path))
+        self._found = found = mesh.gather_objects(found)[0]
+        local = self.tier.checkpoints(after=found[0][0] if found else "") if self.tier else []
+        timed: list[tuple[str, Checkpoint | Path]] = [(c.saved, c) for c in local]
+        timed += [(saved, path) for saved, _, path in found]
+        return [source for _, source in sorted(timed, key=lambda each: each[0], reverse=True)]
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """The run goes on from ``checkpoint``: of those in ``root``, what was saved later was not sound."""
+        sound = ((step, path) for saved, step, path in self._found if "" < saved <= checkpoint.saved)
+        self.last = next(sound, None)
 
     def forget_local(self) -> None:
         """Remove what there is of the run on the nodes: it has a later checkpoint."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, checkpoints, open_checkpoint
+from ..checkpoint import checkpoints, open_checkpoint, tier
 from ..checkpoint.agree import agreed
 from ..errors import CheckpointError, HpcmpError, InputError
 from .config import Config
@@ -64,7 +64,8 @@ class Trainer:
     def _build(self) -> None:
         """All of the run, as it is after its newest checkpoint."""
         train = self.config.train
-        again = self.config.checkpoint.resume and checkpoints(self.checkpoints)
+        begun = checkpoints(self.checkpoints) or (self.checkpoints / tier.NAME).exists()
+        again = self.config.checkpoint.resume and begun
         self.config = measured_before(self.config, self.mesh, self.directory / "config.toml" if again else None)
         self.engine = Engine(self.config, self.mesh)
         self.config = self.engine.config
@@ -229,9 +230,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Go on from the newest checkpoint that is whole, if there is any; a damaged one is named and passed over."""
-        told = self.mesh.gather_objects(checkpoints(self.checkpoints) if self.logs else None)
-        local = self.saving.local_checkpoints(told[0])
-        sources: list[Checkpoint | Path] = [*local, *told[0]]
+        sources = self.saving.sources()
         for source in sources:
             try:
                 checkpoint = open_checkpoint(source, self.mesh) if isinstance(source, Path) else source
@@ -240,16 +239,16 @@ class Trainer:
                     self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
                 resume(checkpoint, self.engine, self.config)
             except CheckpointError as error:
-                if told[0] and source is sources[-1]:
+                last = source is sources[-1]
+                if last and any(isinstance(each, Path) for each in sources):
                     raise
                 if self.logs:
-                    log.warning("%s; trying the one before", error)
+                    log.warning("%s; %s", error, "the run begins anew" if last else "trying the one before")
                 continue
             if isinstance(run := checkpoint.state.get("run"), str):
                 self.run = run
             self.step = checkpoint.step
-            if isinstance(source, Path):
-                self.saving.last = checkpoint.step, checkpoint.path
+            self.saving.resumed(checkpoint)
             if self.logs:
                 log.info("resumed from %s (step %d)", checkpoint.path, self.step)
             return True

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -114,7 +115,8 @@ def main() -> int:
                 print(f"{' / '.join(key):48} {number:8,}")
             bad = [key for key in outcomes if key[2] == "WRONG"]
         else:
-            counts, bad = kills(args.count, args.seed, args.ranks, args.set, folder)
+            tell = partial(print, flush=True)
+            counts, bad = kills(args.count, args.seed, args.ranks, args.set, folder, tell=tell)
             print(", ".join(f"{where} {number}" for where, number in sorted(counts.items())), *bad, sep="\n")
     print(f"{args.count:,} {args.action} in {time.monotonic() - start:.0f} s: {len(bad)} with a bad end")
     return 1 if bad else 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from hpcmp.checkpoint import Slab, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
@@ -24,6 +25,8 @@ TENSORS = {
     "tokenizer": ((23,), "uint8"),
     "empty": ((0, 4), "float32"),
 }
+MPIO = pytest.param("mpio", marks=pytest.mark.mpio)
+TOGETHER = ["files", "node", "shared", MPIO]  # the storages, on several ranks
 STATE = {"config": {"model": {"layers": 2, "style": "gpt"}}, "layout": {"dp": 1, "tp": 2}, "loss": 1.25, "who": "ü"}
 
 

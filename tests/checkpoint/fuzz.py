@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import faulthandler
 import json
 import os
 import resource
@@ -121,6 +122,7 @@ def _work(name: str, target: Target, numbers: range, seed: int, folder: Path, en
         resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # HDF5 and h5py may grumble there
+        faulthandler.disable()  # a crash is an outcome; pytest's would print it elsewhere
         with Watch(*[path for path in (folder / "outside").rglob("*") if path.is_dir()], folder / "outside") as watch:
             for number in numbers:
 

@@ -37,8 +37,20 @@ def dead_process() -> int:
     return process.pid
 
 
+class Clock:
+    """Time for the lock module: whenever it sleeps, one of ``events`` happens, in their order; then it sleeps."""
+
+    def __init__(self, *events: Callable[[], object]) -> None:
+        self.events = list(events)
+
+    def sleep(self, seconds: float) -> None:
+        if self.events:
+            self.events.pop(0)()
+        time.sleep(seconds)
+
+
 def until(happens: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.01)

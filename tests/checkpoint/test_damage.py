@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from tests.checkpoint.campaign import flips
 from tests.checkpoint.cases import assert_filled, assert_untouched, targets, value, version_at, write
 from tests.checkpoint.mutations import INSTEAD
 from tests.watch import Watch
+
+pytestmark = pytest.mark.timeout(300)
 
 STORAGES = {"files": "rank_00000.h5", "shared": "tensors.h5"}
 FLIPS = 160
@@ -171,6 +174,32 @@ def test_something_else_in_the_place_of_a_file(tmp_path, what, kind):
         if what != "latest":
             refused(root / "step_00000002", what)
         assert not watch.opened()
+
+
+class Planted:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("what", ["latest", "manifest.json", "rank_00000.h5", "tensors.h5"])
+def test_a_pickle_is_not_loaded(tmp_path, what):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    path = tmp_path / what if what == "latest" else tmp_path / "step_00000002" / what
+    text, planted = pickle.dumps(Planted(tmp_path / "planted")), tmp_path / "planted"
+    pickle.loads(text)
+    planted.rmdir()
+    path.write_bytes(text.ljust(path.stat().st_size, b"\0"))
+    if what == "rank_00000.h5":
+        refused(tmp_path / "step_00000002", what)
+    else:
+        assert version_at(tmp_path) == (1 if what == "manifest.json" else 2)
+    assert not planted.exists()
 
 
 def test_a_link_to_a_folder_elsewhere(tmp_path):

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,15 +16,16 @@ from hpcmp.checkpoint import Lock, lock, owner
 from hpcmp.checkpoint.owner import this_process
 from hpcmp.errors import InUseError
 from tests.checkpoint.cases import version_at, write
-from tests.checkpoint.locks import assert_taken, dead_process, elsewhere, forge, neighbour, until
+from tests.checkpoint.locks import Clock, assert_taken, dead_process, elsewhere, forge, neighbour, until
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(300)
 HOLD = """
 import sys, time
 from hpcmp.checkpoint import Lock
 Lock(sys.argv[1]).take()
 print("taken", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -99,20 +99,18 @@ def test_another_machine_is_watched_once_for_both_of_its_locks(tmp_path, quick, 
 
 
 @pytest.mark.parametrize("ahead", [-600, 0, 3600])
-def test_another_machine_that_gives_a_sign_of_life(tmp_path, quick, ahead):
+def test_another_machine_that_gives_a_sign_of_life(tmp_path, quick, ahead, monkeypatch):
     """Whatever its clock says, within what is allowed for."""
     path = elsewhere(tmp_path)
-    os.utime(path, (time.time() + ahead,) * 2)
-    done = threading.Event()
 
-    def alive():
-        while not done.wait(0.08):
-            os.utime(path, (time.time() + ahead,) * 2)
+    def sign():
+        os.utime(path, (time.time() + ahead,) * 2)
 
-    threading.Thread(target=alive, daemon=True).start()
+    sign()
+    monkeypatch.setattr(lock, "time", Clock(*[lambda: None] * 3, sign))
     with pytest.raises(InUseError, match=r"process 4711 of \w+ on node7, since .* UTC"):
         Lock(tmp_path).take()
-    done.set()
+    assert lock.time.events == []
 
 
 def test_another_machine_that_has_been_silent_for_long(tmp_path, caplog):
@@ -124,13 +122,11 @@ def test_another_machine_that_has_been_silent_for_long(tmp_path, caplog):
     assert "no sign of life for 16 minutes" in caplog.text
 
 
-def test_the_first_lock_comes_free_while_the_second_run_watches(tmp_path, quick):
-    path = elsewhere(tmp_path)
-    timer = threading.Timer(0.1, path.unlink)
-    timer.start()
+def test_the_first_lock_comes_free_while_the_second_run_watches(tmp_path, quick, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "time", Clock(lambda: None, elsewhere(tmp_path).unlink))
     with Lock(tmp_path):
-        timer.join()
         assert_taken(tmp_path)
+    assert "waiting for a sign of life" in caplog.text and "taken over" not in caplog.text
 
 
 def test_the_owner_touches_it(tmp_path, quick):
@@ -166,14 +162,11 @@ def test_a_lock_that_says_nothing(tmp_path, quick, text):
         assert_taken(tmp_path)
 
 
-def test_a_lock_that_is_being_made_is_waited_for(tmp_path):
-    path = tmp_path / "lock"
-    path.touch()
-    timer = threading.Timer(0.3, neighbour, [tmp_path])
-    timer.start()
+def test_a_lock_that_is_being_made_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(lock, "time", Clock(*[lambda: None] * 3, lambda: neighbour(tmp_path)))
     with pytest.raises(InUseError, match=f"process {os.getppid()} "):
         Lock(tmp_path).take()
-    timer.join()
 
 
 def test_a_directory_without_room(tmp_path):

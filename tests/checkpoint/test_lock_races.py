@@ -17,6 +17,9 @@ from hpcmp.errors import InUseError
 from tests.checkpoint.cases import version_at, write
 from tests.checkpoint.locks import dead_process, forge, neighbour, until
 
+PATIENCE = 200  # seconds
+pytestmark = pytest.mark.timeout(300)
+
 
 def slowed(call):
     """Now and then other processes act before a call does."""
@@ -33,16 +36,16 @@ def contend(folder, rounds, barrier, wins):
     lock._create, lock._read, lock._remove = slowed(lock._create), slowed(lock._read), slowed(lock._remove)
     for _ in range(rounds):
         mine = Lock(folder)
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
         try:
             mine.take()
             with wins.get_lock():
                 wins.value += 1
         except InUseError:
             pass
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
         mine.release()
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
     os._exit(0)
 
 
@@ -60,12 +63,12 @@ def test_of_many_at_once_one_takes_it(tmp_path, left):
             found = lock._read(forge(tmp_path, pid=gone))
             if left != "a lock":
                 (tmp_path / f".lock-{found.digest}").write_bytes(found.text)
-        barrier.wait(30)
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
+        barrier.wait(PATIENCE)
         assert wins.value == number + 1
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
     for process in processes:
-        process.join(20)
+        process.join(PATIENCE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,9 +15,19 @@ import pytest
 from hpcmp.checkpoint import CheckpointSaveError, Slab, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
-from tests.checkpoint.cases import STATE, assert_filled, assert_untouched, owned, shapes, targets, value, version_at
+from tests.checkpoint.cases import (
+    STATE,
+    TOGETHER,
+    assert_filled,
+    assert_untouched,
+    owned,
+    shapes,
+    targets,
+    value,
+    version_at,
+)
 
-STORAGES = ["files", "node", "shared", *(["mpio"] if h5py.get_config().mpi else [])]
+pytestmark = pytest.mark.timeout(300)
 
 
 def same_everywhere(world, text):
@@ -26,7 +36,7 @@ def same_everywhere(world, text):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", TOGETHER)
 def test_each_layout_reads_another(world, mpi_tmp_path, storage):
     layouts = shapes(world.size)[:: 1 if world.size < 8 else 3]
     for step, (one, other) in enumerate(zip(layouts, layouts[1:] + layouts[:1], strict=True)):
@@ -47,7 +57,7 @@ def test_each_layout_reads_another(world, mpi_tmp_path, storage):
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", TOGETHER)
 def test_another_number_of_ranks(world, mpi_tmp_path, storage):
     for writers, readers in (
         (1, world.size),
@@ -91,7 +101,7 @@ def test_slabs_that_do_not_tile_are_refused_by_all(world, mpi_tmp_path):
                 f"x: float32 ({size},) on rank {size - 1}, float32 ({size + 2},) before it",
                 line(rank, rank + 1, size + 2 * (not last)),
             ),
-            ("x: [0:1] and [0:1] overlap", line(0, 1)),
+            ("x: [0:1] and [0:1] overlap", line(0, 1, 1)),
         ]
     with Mesh(world, dp=size) as mesh:
         save(mpi_tmp_path, 1, owned(mesh, 1), STATE, mesh)
@@ -107,7 +117,7 @@ def test_slabs_that_do_not_tile_are_refused_by_all(world, mpi_tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", TOGETHER)
 def test_ranks_without_slabs(world, mpi_tmp_path, storage):
     writer = world.size // 2
     with Mesh(world, pp=world.size) as mesh:
@@ -121,7 +131,7 @@ def test_ranks_without_slabs(world, mpi_tmp_path, storage):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", TOGETHER)
 def test_three_lines_of_plain_h5py_read_any_tensor(world, mpi_tmp_path, storage, monkeypatch):
     root = Path(__file__).parents[2]
     lines = '    import h5py\n    with h5py.File("'
@@ -156,6 +166,33 @@ def test_damage_that_one_rank_sees_changes_no_array_on_any(world, mpi_tmp_path):
             found.load(slabs)
         assert same_everywhere(world, str(caught.value)).startswith(f"{culprit}: {name}: damaged")
         assert_untouched(slabs)
+
+
+@pytest.mark.mpi(size=3)
+@pytest.mark.parametrize("how", ["swapped", "of two steps"])
+def test_files_of_ranks_that_are_mixed_are_refused_by_all(world, mpi_tmp_path, how):
+    """Whose files are alike in size."""
+    paths = []
+    with Mesh(world, dp=world.size) as mesh:
+        for step in (1, 2):
+            data = np.full((1, 50), 10 * step + world.rank, "f4")
+            slab = Slab("x", (world.size, 50), (slice(world.rank, world.rank + 1), slice(0, 50)), data)
+            paths.append(save(mpi_tmp_path, step, [slab], {}, mesh))
+        a = paths[1] / "rank_00000.h5"
+        b = paths[1] / "rank_00001.h5" if how == "swapped" else paths[0] / "rank_00000.h5"
+        if mesh.rank == 0:
+            assert a.stat().st_size == b.stat().st_size
+            a.rename(mpi_tmp_path / "aside")
+            b.rename(a)
+            (mpi_tmp_path / "aside").rename(b)
+        world.barrier()
+        found = np.full((world.size, 50), 77, "f4")
+        with pytest.raises(CheckpointError) as caught:
+            whole = slice(0, world.size), slice(0, 50)
+            open_checkpoint(paths[1], mesh).load([Slab("x", found.shape, whole, found)])
+        assert same_everywhere(world, str(caught.value)).startswith(f"{a}: ")
+        assert (found == 77).all()
+        world.barrier()
 
 
 @pytest.mark.mpi
@@ -200,7 +237,7 @@ def test_a_directory_that_cannot_be_made(world, mpi_tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif("mpio" in STORAGES, reason="this h5py has MPI")
+@pytest.mark.skipif(h5py.get_config().mpi, reason="this h5py has MPI")
 def test_a_shared_file_needs_an_h5py_with_mpi(world, mpi_tmp_path):
     with Mesh(world, dp=world.size) as mesh:
         with pytest.raises(InputError, match="h5py that was built with MPI"):

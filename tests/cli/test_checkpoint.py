@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_show(tmp_path: Path) -> None:
     for place in (tmp_path, path):
         result, text = call("show", place)
         assert (result["checkpoint"], result["step"], result["storage"]) == (str(path), 12, "files")
-        assert result["layout"] == {"dp": 1, "tp": 2} and "layout      dp=1 tp=2" in text
+        assert result["layout"] == {"dp": 1, "tp": 2} and "layout      tp=2" in text
         sizes = {name: int(np.prod(shape)) for name, (shape, _) in TENSORS.items()}
         assert result["parameters"] == sum(size for name, size in sizes.items() if name.startswith("model/"))
         assert result["tensors"]["model/blocks/1/qkv"] == {"shape": [9, 3, 2, 5], "dtype": "float64", "bytes": 2160}
@@ -143,7 +144,8 @@ def test_diff_of_equal_tensors(tmp_path: Path) -> None:
     result, text = call("diff", a, b)
     assert result["equal"] and result["exit_code"] == 0 and result["compared"] == 9 and not result["different"]
     assert result["state"] == {"loss": [1.25, 2]} and text.splitlines()[-1] == "equal: 9 tensors"
-    assert "state loss: 1.25 in A, 2 in B" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[-4:] == [["state", "that", "differs", "A", "B"], ["loss", "1.25", "2"], [], ["equal:", "9", "tensors"]]
 
 
 def test_diff_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +209,62 @@ def test_repack(tmp_path: Path) -> None:
     flip(path)
     with pytest.raises(CheckpointError, match="damaged"):
         call("repack", path, tmp_path / "b", "--storage", "shared")
+
+
+def test_a_long_state_is_wrapped_and_a_strange_one_does_no_harm(tmp_path: Path) -> None:
+    state = {
+        "config": {"model": {f"key_of_the_model_{i}": i for i in range(12)}, "other": "\x1b[2J"},
+        "layout": {"tp": 4, "dp": 2, "pp": 1, "\x1b]0;": 3, "schedule": "1f1b"},
+        "long": "word " * 10000,
+    }
+    put(tmp_path / "a", arrays(), state=state)
+    text = call("show", tmp_path / "a")[1]
+    lines = text.splitlines()
+    assert all(f"key_of_the_model_{i}={i}" in text for i in range(12)) and max(map(len, lines)) <= 118
+    assert lines[2] == "layout      ?]0;=3 dp=2 tp=4" and "\x1b" not in text
+    assert sum("word word" in line for line in lines) == 8 and lines[-1].endswith(" ...")
+    assert call("list", tmp_path / "a")[1].endswith("  ?]0;=3 dp=2 tp=4")
+    put(tmp_path / "b", arrays(), state={"layout": "\x1b", "config": 7})
+    assert "layout            ?" in call("show", tmp_path / "b")[1] and "\x1b" not in call("list", tmp_path / "b")[1]
+    assert "\x1b" not in call("diff", tmp_path / "a", tmp_path / "b")[1]
+
+
+def test_the_blocks_of_a_difference_share_a_line(tmp_path: Path) -> None:
+    names = [f"model/blocks/{i}/{name}" for i in (0, 1, 2, 11) for name in ("bias", "weight")]
+    put(tmp_path / "a", {name: np.zeros(2, "f4") for name in names})
+    put(tmp_path / "b", {name: np.zeros(3 if "/2/" in name else 2, "f8") for name in names if "bias" not in name})
+    lines = call("diff", tmp_path / "a", tmp_path / "b")[1].splitlines()[2:]
+    assert lines[:3] == [
+        "only in A: model/blocks/0-2,11/bias",
+        "model/blocks/2/weight: shape [2] in A, [3] in B",
+        "model/blocks/0-2,11/weight: dtype float32 in A, float64 in B",
+    ]
+    with pytest.raises(InputError, match="--only modle/: no tensor's name begins so; they begin with model"):
+        call("diff", tmp_path / "a", tmp_path / "b", "--only", "modle/")
+
+
+def test_the_folder_of_the_run_is_not_that_of_its_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "checkpoints", 1)
+    for action in ("list", "show", "verify"):
+        with pytest.raises(CheckpointError, match="no checkpoint in it, but in .*run/checkpoints$"):
+            call(action, tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_one_line(tmp_path: Path, flags: list[str]) -> None:
+    words = [sys.executable, "-m", "hpcmp", "checkpoint", "show", str(write(tmp_path, 1)), *flags]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "hpcmp: error: stdout: No space left on device\n")
+
+
+def test_a_plain_file_is_no_target(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", 1)
+    (tmp_path / "file").write_text("")
+    for target in ("file", "file/in/it"):
+        with pytest.raises(InputError, match="file: is no folder"):
+            call("repack", path, tmp_path / target, "--storage", "shared")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "file"]
 
 
 @pytest.mark.parametrize("action", ["list", "show", "verify", "diff", "repack"])

@@ -33,16 +33,23 @@ class Verdict(NamedTuple):
 
 
 class Job:
-    """``mpirun -n ranks`` of ``tests.harness.rank`` for the node ids ``tests``, which lie in ``files``."""
+    """``mpirun -n ranks python -m tests.harness.rank`` for the node ids ``tests``, which lie in ``files``."""
 
-    def __init__(self, ranks: int, tests: Sequence[str], files: Iterable[str], options: Iterable[str]) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        tests: Sequence[str],
+        files: Iterable[str],
+        options: Iterable[str],
+        python: str = sys.executable,
+    ) -> None:
         self.ranks, self.tests = ranks, list(tests)
         self.records: list[dict[str, Record]] = [{} for _ in range(ranks)]
         self.temporary = tempfile.TemporaryDirectory(prefix="hpcmp-ranks-", ignore_cleanup_errors=True)
         self.directory = Path(self.temporary.name)
         (self.directory / "tests.json").write_text(json.dumps({"tests": self.tests, "files": sorted(set(files))}))
         self.offsets = [0] * ranks
-        argv = [sys.executable, "-m", "tests.harness.rank", str(self.directory), *options]
+        argv = [python, "-m", "tests.harness.rank", str(self.directory), *options]
         path = os.pathsep.join(filter(None, [str(launch.ROOT), os.environ.get("PYTHONPATH")]))
         self.process = launch.start(ranks, argv, self.directory, env={"PYTHONPATH": path})
 

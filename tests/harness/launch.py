@@ -19,9 +19,11 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-def mpi_environment() -> dict[str, str]:
-    """This process's environment with this Python's programs on PATH and the MPI settings of jobs/environment.sh."""
-    ours = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+def mpi_environment(python: Path | None = None) -> dict[str, str]:
+    """This process's environment with the programs beside ``python`` (by default this one) on PATH, and the MPI
+    settings of jobs/environment.sh."""
+    prefix = python.parent.parent if python else Path(sys.prefix)
+    ours = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
     script = f"source '{ROOT}/jobs/environment.sh' && hpcmp_mpi_settings && env -0"
     done = subprocess.run(["bash", "-c", script], env=os.environ | ours, capture_output=True, text=True, check=True)
     return dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
@@ -32,9 +34,12 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start ``mpirun -n ranks argv`` in a session of its own; it writes to stdout and stderr in ``directory``.
 
-    Its temporary files, shared memory included, lie in ``directory`` too, so that removing it leaves nothing behind.
+    Where the program is the Python of an environment, mpirun is of that one. Its temporary files, shared memory
+    included, lie in ``directory`` too, so that removing it leaves nothing behind.
     """
-    environment = mpi_environment()
+    argv = list(argv)
+    python = Path(argv[0])
+    environment = mpi_environment(python if python.is_absolute() and python.name.startswith("python") else None)
     environment |= {"TMPDIR": str(directory), "OMPI_MCA_btl_sm_backing_directory": str(directory)} | dict(env or {})
     mpirun = shutil.which("mpirun", path=environment["PATH"])
     if mpirun is None:

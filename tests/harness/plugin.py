@@ -7,28 +7,33 @@ after any other failure the job is ended and the remaining tests go on in a new 
 The numbers of ranks are 1, 2, 3, 4 and 8, and those that tests marked ``mpi(size=N)`` ask for; where HPCMP_TEST_RANKS
 is given, those in it alone.
 
+Those that are marked ``mpio`` as well are run on at most 4 ranks, by an interpreter whose h5py is built with MPI
+(``mpio.py``), and skipped where there is none; the summary says why.
+
 Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a rank, and the plugin does nothing.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from . import mpio
 from .job import Job, Verdict
 
 COUNTS = os.environ.get("HPCMP_TEST_RANKS")
 
 
 class Ranks:
-    """The tests to run on one number of ranks, and the job that runs them."""
+    """The tests to run on one number of ranks by one interpreter, and the job that runs them."""
 
-    def __init__(self, number: int, items: list[pytest.Item], config: pytest.Config) -> None:
-        self.number = number
+    def __init__(self, number: int, items: list[pytest.Item], config: pytest.Config, python: str) -> None:
+        self.number, self.python = number, python
         self.tests = [item.nodeid for item in items]
         self.files = [str(item.path) for item in items]
         self.options = [f"--rootdir={config.rootpath}", f"--tb={config.option.tbstyle}"]
@@ -42,7 +47,8 @@ class Ranks:
         if self.refused:
             return Verdict("failed", f"the job on {self.number} ranks does not start (see the first failure)")
         if self.job is None:
-            self.job = Job(self.number, self.tests[self.tests.index(test) :], self.files, self.options)
+            tests = self.tests[self.tests.index(test) :]
+            self.job = Job(self.number, tests, self.files, self.options, self.python)
             verdict = self.job.started()
             if not verdict.usable:
                 self.refused = True
@@ -71,8 +77,12 @@ class RankedTest(pytest.Item):
         self.original, self.ranks = original, ranks
         self.limit = float("inf")
         self.own_markers += [mark for mark in original.own_markers if mark.name == "timeout"]
+        if original.get_closest_marker("mpio"):
+            self.add_marker("mpio")
 
     def runtest(self) -> None:
+        if not self.ranks.python:
+            mpio.python()  # which skips
         verdict = self.ranks.run(self.original.nodeid, self.limit)
         if verdict.outcome == "skipped":
             pytest.skip(verdict.text.removeprefix("Skipped: "))
@@ -108,16 +118,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = {item.nodeid: _wanted(item, given) for item in ranked}
     items[:] = [item for item in items if item not in ranked]
     serial = len(items)
-    for number in sorted(set().union(*wanted.values())):
-        fitting = [item for item in ranked if number in wanted[item.nodeid]]
-        ranks = Ranks(number, fitting, config)
-        config.add_cleanup(ranks.close)
-        for item in fitting:
-            assert item.parent is not None
-            name = f"{item.name}@{number}"
-            items.append(RankedTest.from_parent(item.parent, name=name, original=item, ranks=ranks))
+    for by_mpio in (False, True):
+        python = (mpio.find()[0] if by_mpio else sys.executable) or ""
+        some = [item for item in ranked if bool(item.get_closest_marker("mpio")) is by_mpio]
+        for number in sorted(set().union(*(wanted[item.nodeid] for item in some))):
+            fitting = [item for item in some if number in wanted[item.nodeid]]
+            ranks = Ranks(number, fitting, config, python)
+            config.add_cleanup(ranks.close)
+            for item in fitting:
+                assert item.parent is not None
+                name = f"{item.name}@{number}"
+                items.append(RankedTest.from_parent(item.parent, name=name, original=item, ranks=ranks))
     if len(items) == serial:
         raise pytest.UsageError(f"no multi-rank test can run: all need more ranks than HPCMP_TEST_RANKS={COUNTS}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A serial test marked ``mpio`` has a program of its own to launch."""
+    if item.get_closest_marker("mpio") and not isinstance(item, RankedTest) and not _is_rank(item.config):
+        mpio.python()
 
 
 def _is_rank(config: pytest.Config) -> bool:
@@ -130,6 +149,8 @@ def _wanted(item: pytest.Item, given: set[int]) -> set[int]:
     marks = [mark.kwargs for mark in item.iter_markers("mpi")]
     if exact := {mark["size"] for mark in marks if "size" in mark}:
         return exact & given if COUNTS else exact
+    if item.get_closest_marker("mpio"):
+        given = given & mpio.RANKS
     return {number for number in given if all(number >= mark.get("min_size", 1) for mark in marks)}
 
 
@@ -143,10 +164,12 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many tests ran on each number of ranks."""
+    """Say how many tests ran on each number of ranks, and how many with parallel HDF5 or why none."""
     counts: dict[int, Counter[str]] = {}
+    parallel: Counter[str] = Counter()
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.getreports(outcome):
+            parallel[outcome] += "mpio" in report.keywords
             number = report.nodeid.rpartition("@")[2]
             if number.isdigit():
                 counts.setdefault(int(number), Counter())[outcome] += 1
@@ -155,3 +178,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for number, outcomes in sorted(counts.items()):
         told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
         terminalreporter.write_line(f"{number} rank{'s' * (number > 1)}: {told}")
+    if told := ", ".join(f"{count} {outcome}" for outcome, count in parallel.items() if count):
+        why = mpio.find()[1]
+        terminalreporter.write_line(f"mpio: {told}{f': {why}' if why else ''}")

@@ -69,7 +69,7 @@ def test_last(world):
 class Run:
     """pytest on a planted suite, on 2 ranks, in a process and a temporary folder of its own."""
 
-    def __init__(self, folder: Path, suite: str, ranks: str = "2") -> None:
+    def __init__(self, folder: Path, suite: str, ranks: str = "2", **given: str) -> None:
         (folder / "conftest.py").write_text('pytest_plugins = ["tests.conftest"]\n')
         (folder / "test_planted.py").write_text(suite)
         self.temporary = folder / "tmp"
@@ -78,7 +78,7 @@ class Run:
         command = [sys.executable, "-m", "pytest", "-c", f"{launch.ROOT}/pyproject.toml", f"--rootdir={folder}"]
         self.process = subprocess.Popen(
             [*command, "-p", "no:cacheprovider", str(folder)],
-            env=os.environ | environment,
+            env=os.environ | environment | given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -191,6 +191,31 @@ def test_size(world, size): assert world.size == size
 """
     output = Run(tmp_path, suite, ranks).output()
     assert [line for line in output.splitlines() if " ranks: " in line] == [f"{n} ranks: 1 passed" for n in told]
+
+
+MPIO = """
+import pytest
+pytestmark = pytest.mark.mpio
+def test_serial(): pass
+@pytest.mark.mpi
+def test_ranked(world): pass
+@pytest.mark.mpi(min_size=5)
+def test_never(world): pass
+"""
+
+
+def test_without_parallel_hdf5_its_tests_are_skipped_and_the_summary_says_why(tmp_path: Path) -> None:
+    given = {"HPCMP_MPIO_PYTHON": "", "HPCMP_MPIO_MISSING": "planted reason"}
+    run = Run(tmp_path, MPIO, "2,4,8", **given)
+    output = run.output()
+    assert "mpio: 3 skipped: planted reason" in output.splitlines()  # the serial one, on 2 ranks and on 4
+    assert "= 3 skipped in " in output.splitlines()[-1] and run.process.returncode == 0
+
+
+def test_an_interpreter_without_parallel_hdf5_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path, MPIO, HPCMP_MPIO_PYTHON="/bin/false")
+    assert "HPCMP_MPIO_PYTHON=/bin/false: its h5py has no MPI" in run.output()
+    assert run.process.returncode != 0
 
 
 def test_worlds_of_size_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from hpcmp.training.exporting import export_model
 from hpcmp.training.importing import import_model
 from tests.models import published
 
+pytestmark = pytest.mark.timeout(300)
+
 MODELS = {
     "gpt": Model(style="gpt", layers=2, hidden=20, heads=5, ffn=33, vocabulary=23, sequence=9, norm_epsilon=1e-3),
     "gpt, not tied": Model(style="gpt", layers=1, hidden=12, heads=2, vocabulary=11, sequence=8, tied=False),
@@ -91,12 +93,18 @@ def test_the_published_formulas_find_the_same_logits(tmp_path: Path, model: Mode
         assert np.abs(ours - theirs).max() > 1e-9  # it is rounded
 
 
-@every
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 5_000_000_000), ("float64", 3000), ("float32", 1)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "limit"),
+    [
+        *(("gpt", "float32", 5_000_000_000), ("gpt", "float64", 3000), ("gpt, not tied", "float32", 3000)),
+        *(("llama", "float64", 5_000_000_000), ("llama", "float32", 1), ("llama, tied, biases", "float32", 3000)),
+    ],
+)
 def test_what_was_exported_and_imported_is_the_same_bit_for_bit(
-    tmp_path: Path, model: Model, dtype: str, limit: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, dtype: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slab, "BLOCK", 600)  # so that blocks are parts of a tensor, and of a row of some
+    model = MODELS[name]
     path = write(tmp_path / "a", model, dtype)
     files = export_model(open_checkpoint(path), tmp_path / "b", shard_bytes=limit)
     assert (NAME in files) == (limit > 3000) and (INDEX in files) == (limit <= 3000)
@@ -191,7 +199,7 @@ def test_neither_way_holds_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same(path, tmp_path / "c")
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(size=3)
 def test_any_number_of_ranks_make_the_same(world: Any, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks share the files that are written, and the tensors that are read."""
     monkeypatch.setattr(importing, "PIECE", 400)

@@ -24,6 +24,8 @@ from tests.corpus import corpus
 from tests.models import published
 from tests.training.test_exporting import MODELS, same, write
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def exported(tmp_path: Path, name: str, **more: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """(folder, config.json, tensors) of an exported model."""
@@ -92,7 +94,7 @@ def test_import_needs_a_new_folder_and_a_config(tmp_path: Path) -> None:
         import_model(folder, tmp_path / "c", Mesh())
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(size=3)
 def test_a_run_begins_with_the_weights_of_a_checkpoint(world: Any, mpi_tmp_path: Path) -> None:
     """An imported model, or another run's; the optimizer begins anew, and a run that goes on does not begin again."""
     data = mpi_tmp_path

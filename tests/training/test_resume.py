@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +14,51 @@ from hpcmp.data.prepare import prepare
 from hpcmp.errors import InputError
 from hpcmp.training.config import load_config
 from hpcmp.training.trainer import Trainer
-from tests.corpus import config, corpus
+from tests.corpus import config
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.timeout(300)
 
 NODES = {1: "0", 2: "0,1", 3: "0,0,1", 4: "0,0,1,1", 8: "0,0,1,1,2,2,3,3"}
 LAYOUT = {1: "dp=1", 2: "dp=2", 3: "tp=3", 4: "dp=2 layout.tp=2 layout.zero=1", 8: "dp=2 layout.pp=2 layout.tp=2"}
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration ``tiny.toml``, in a folder that all ranks share; each test has run directories of its own."""
+    from mpi4py import MPI
+
+    folder = tmp_path_factory.mktemp("resume")
+    if MPI.COMM_WORLD.rank == 0:  # 15 samples: an epoch ends with the third step
+        (folder / "few").mkdir()
+        (folder / "few" / "a.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(22)))
+        prepare([folder / "few"], folder / "tokens.h5", held_out=0)
+        config(folder, folder / "tokens.h5")
+    return Path(MPI.COMM_WORLD.bcast(str(folder)))
+
+
 @pytest.fixture
-def toml(world: Intracomm, mpi_tmp_path: Path) -> Path:
-    if world.rank == 0:
-        config(mpi_tmp_path, corpus(mpi_tmp_path))
+def toml(world: Intracomm, place: Path) -> Path:
     world.Barrier()
-    return mpi_tmp_path / "tiny.toml"
+    return place / "tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> dict[str, Any]:
+    """The summary of the run "whole", which nothing disturbs: float16, dropout, microbatches, two epochs."""
+    from mpi4py import MPI
+
+    given = settings(place / "tiny.toml", "whole", half(MPI.COMM_WORLD))
+    with Trainer(load_config(place / "tiny.toml", given), MPI.COMM_WORLD) as trainer:
+        assert trainer.inputs.sampler.windows == 15 == 3 * trainer.config.train.batch
+        assert trainer.config.model.dropout > 0 and trainer.engine.microbatches() > 1
+        return trainer.train()
+
+
+def half(world: Any) -> str:
+    return f"train.dtype=float16 train.loss_scale_window=2 layout.{LAYOUT[world.size]}"
 
 
 def settings(toml: Path, name: str, *given: str) -> list[str]:
@@ -39,8 +66,11 @@ def settings(toml: Path, name: str, *given: str) -> list[str]:
 
 
 def run(toml: Path, world: Any, name: str, *given: str) -> dict[str, Any]:
+    """Run to the end; returns when all ranks have."""
     with Trainer(load_config(toml, settings(toml, name, *given)), world) as trainer:
-        return trainer.train()
+        summary = trainer.train()
+    world.Barrier()
+    return summary
 
 
 def crash(toml: Path, world: Any, name: str, steps: int, *given: str) -> int:
@@ -50,6 +80,7 @@ def crash(toml: Path, world: Any, name: str, steps: int, *given: str) -> int:
         for _ in trainer:
             if trainer.step == steps:
                 break
+    world.Barrier()
     return began
 
 
@@ -64,26 +95,13 @@ def assert_same(toml: Path, a: str, b: str) -> None:
     assert [name for name in left if left[name].tobytes() != right[name].tobytes()] == []
 
 
-@pytest.mark.parametrize("where", [2, 3, 4])
-def test_bit_for_bit_across_all_that_a_run_counts(world: Intracomm, mpi_tmp_path: Path, where: int) -> None:
+@pytest.mark.mpi
+def test_bit_for_bit_across_all_that_a_run_counts(world: Intracomm, toml: Path, whole: dict[str, Any]) -> None:
     """Dropout, the loss scale of float16, microbatches, and an epoch of data that ends before, at and after the
     checkpoint."""
-    if world.rank == 0:
-        text = mpi_tmp_path / "few"
-        text.mkdir()
-        (text / "a.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(22)))
-        config(mpi_tmp_path, mpi_tmp_path / "tokens.h5")
-        prepare([text], mpi_tmp_path / "tokens.h5", held_out=0)
-    world.Barrier()
-    toml = mpi_tmp_path / "tiny.toml"
-    given = f"train.dtype=float16 train.loss_scale_window=2 layout.{LAYOUT[world.size]}"
-    with Trainer(load_config(toml, settings(toml, "whole", given)), world) as trainer:
-        windows = trainer.inputs.sampler.windows
-        assert windows == 15 and trainer.config.model.dropout > 0 and trainer.engine.microbatches() > 1
-        whole = trainer.train()
-    run(toml, world, "parts", given, f"train.steps={where}")
-    parts = run(toml, world, "parts", given)
-    assert parts["loss"] == whole["loss"]
+    for where in (2, 3, 4):
+        assert run(toml, world, "parts", half(world), f"train.steps={where}")["step"] == where
+    assert run(toml, world, "parts", half(world))["loss"] == whole["loss"]
     if world.rank == 0:
         assert_same(toml, "whole", "parts")
         states = [open_checkpoint(toml.parent / name / "checkpoints").state for name in ("whole", "parts")]
@@ -92,6 +110,7 @@ def test_bit_for_bit_across_all_that_a_run_counts(world: Intracomm, mpi_tmp_path
         assert states[0]["loss_scale"]["scale"] > 65536
 
 
+@pytest.mark.mpi(size=2)
 def test_the_loss_scale_goes_on_from_float16_alone(world: Intracomm, toml: Path) -> None:
     """A constant one says nothing about float16; what float16 had found is kept, and not by other precisions."""
     scales = {}
@@ -108,6 +127,7 @@ def test_the_loss_scale_goes_on_from_float16_alone(world: Intracomm, toml: Path)
     }
 
 
+@pytest.mark.mpi(size=2)
 def test_another_optimizer_begins_afresh_if_it_may(
     world: Intracomm, toml: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,86 +149,95 @@ def test_another_optimizer_begins_afresh_if_it_may(
 
 
 @pytest.fixture
-def local(world: Intracomm, toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def local(world: Intracomm, toml: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The settings of ``half``, and nodes of their own for each test."""
     monkeypatch.setenv("HPCMP_NODES", NODES[world.size])
-    yield f"layout.{LAYOUT[world.size]} checkpoint.local_every=2 checkpoint.local={toml.parent}/node{{node}}"
+    nodes = toml.parent / f"{request.node.originalname}-node{{node}}"
+    return f"{half(world)} checkpoint.local_every=2 checkpoint.local={nodes}"
 
 
-def folders(toml: Path, node: str = "*") -> list[str]:
-    return sorted({path.name[:13] for path in toml.parent.glob(f"node{node}/*/step_*")})
+def nodes(local: str, node: str = "*") -> list[Path]:
+    """The folders of nodes."""
+    place = Path(local.rpartition("=")[2])
+    return sorted(place.parent.glob(place.name.format(node=node)))
 
 
-def test_a_run_goes_on_from_its_nodes(world: Intracomm, toml: Path, local: str) -> None:
-    """Without any ordinary checkpoint; bit for bit; at the end the nodes are left clean."""
-    run(toml, world, "whole", f"layout.{LAYOUT[world.size]}")
+def folders(local: str) -> list[str]:
+    """The steps that some node has."""
+    return sorted({path.name[:13] for node in nodes(local) for path in node.glob("*/step_*")})
+
+
+@pytest.mark.mpi(size=8)
+def test_a_run_goes_on_from_its_nodes(world: Intracomm, toml: Path, whole: dict[str, Any], local: str) -> None:
+    """Without any ordinary checkpoint; bit for bit, also when a node is lost; at the end the nodes are left clean."""
     crash(toml, world, "local", 5, local)
-    assert folders(toml) == ["step_00000002", "step_00000004"]
+    assert folders(local) == ["step_00000002", "step_00000004"]
     world.Barrier()
-    if world.rank == 0 and world.size > 1:
-        shutil.rmtree(toml.parent / "node0")
+    if world.rank == 0:
+        shutil.rmtree(*nodes(local, "0"))
     world.Barrier()
     assert crash(toml, world, "local", 5, local) == 4
-    world.Barrier()
     run(toml, world, "local", local)
-    world.Barrier()
-    assert folders(toml) == [] and not (world.rank and list((toml.parent / "local").glob("nothing")))
+    assert folders(local) == []
     if world.rank == 0:
         assert_same(toml, "whole", "local")
 
 
+@pytest.mark.mpi(size=2)
 def test_the_newest_of_both_kinds_is_taken(world: Intracomm, toml: Path, local: str) -> None:
-    both = f"{local} checkpoint.every=3"
+    both = f"checkpoint.every=3 {local}"
     crash(toml, world, "both", 3, both)
-    assert folders(toml) == ["step_00000002"]
+    assert folders(local) == ["step_00000002"]
     assert crash(toml, world, "both", 4, both) == 3  # the ordinary one is newer
     assert crash(toml, world, "both", 5, both) == 4
-    world.Barrier()
     if world.rank == 0:
-        for node in toml.parent.glob("node*"):
+        for node in nodes(local):
             shutil.rmtree(node)
     world.Barrier()
-    assert crash(toml, world, "both", 5, both) == 3
+    assert crash(toml, world, "both", 4, both) == 3
 
 
+@pytest.mark.mpi(size=4)
 @pytest.mark.parametrize("every", ["none", "3"])
 def test_damaged_copies_are_passed_over(
-    world: Intracomm, toml: Path, local: str, every: str, caplog: pytest.LogCaptureFixture
+    world: Intracomm, toml: Path, whole: dict[str, Any], local: str, every: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For the ordinary checkpoint before them; or, where there is none, for the beginning."""
-    given = f"{local} checkpoint.every={every}"
-    run(toml, world, "whole", f"layout.{LAYOUT[world.size]}")
-    crash(toml, world, "damaged", 5, given)
-    world.Barrier()
+    name, given = f"damaged-{every}", f"checkpoint.every={every} {local}"
+    crash(toml, world, name, 4, given)
     if world.rank == 0:
-        for path in toml.parent.glob("node*/*/step_*/rank_00000.h5"):
+        for path in (path for node in nodes(local) for path in node.glob("*/step_*/rank_00000.h5")):
             content = np.fromfile(path, np.uint8)
             content[len(content) // 2] ^= 1
             content.tofile(path)
     world.Barrier()
-    assert crash(toml, world, "damaged", 1 if every == "none" else 4, given) == (0 if every == "none" else 3)
+    assert crash(toml, world, name, 1 if every == "none" else 4, given) == (0 if every == "none" else 3)
     assert ("trying the one before" in caplog.text) is (world.rank == 0)
-    run(toml, world, "damaged", given)
+    run(toml, world, name, given)
     if world.rank == 0:
-        assert_same(toml, "whole", "damaged")
+        assert_same(toml, "whole", name)
 
 
+@pytest.mark.mpi(size=2)
 def test_a_run_that_begins_anew_takes_nothing_from_the_nodes(world: Intracomm, toml: Path, local: str) -> None:
-    crash(toml, world, "anew", 5, local)
+    crash(toml, world, "anew", 3, local)
     assert crash(toml, world, "anew", 1, local, "checkpoint.resume=false") == 0
     assert crash(toml, world, "anew", 1, local) == 0
 
 
+@pytest.mark.mpi(size=2)
 def test_a_full_node_does_not_end_the_run(
     world: Intracomm, toml: Path, local: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if world.rank == 0:
-        (toml.parent / "node0").write_text("no directory")
+        Path(local.rpartition("=")[2].format(node=0)).write_text("no directory")
     world.Barrier()
     assert run(toml, world, "full", local)["step"] == 6
     assert caplog.text.count("no more local checkpoints") == (world.rank == 0)
 
 
-def test_half_of_the_keys_is_refused(toml: Path) -> None:
+def test_half_of_the_keys_is_refused(tmp_path: Path) -> None:
+    toml = config(tmp_path, tmp_path / "tokens.h5")
     for half in ("checkpoint.local=/dev/shm", "checkpoint.local_every=2"):
         with pytest.raises(InputError, match=r"checkpoint.local and checkpoint.local_every need each other"):
             load_config(toml, [half])

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import InputError
 from ..common import FAILED, OK, add_command
 from .progress import Bar
-from .text import PATH_HELP, cut, plural, table
+from .text import PATH_HELP, groups, page, plural, short, table, value
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     a, b = open_checkpoint(Path(args.a)), open_checkpoint(Path(args.b))
     kinds_a, kinds_b = ({n: k for n, k in c.tensors.items() if n.startswith(args.only)} for c in (a, b))
+    if args.only and not (kinds_a or kinds_b):
+        heads = sorted({name.partition("/")[0] for name in (*a.tensors, *b.tensors)})
+        raise InputError(f"--only {args.only}: no tensor's name begins so; they begin with {', '.join(heads)}")
     common = [name for name in kinds_a if name in kinds_b]
     alike = [name for name in common if kinds_a[name][0] == kinds_b[name][0]]
     for checkpoint in (a, b):
@@ -86,26 +90,33 @@ def show(result: dict[str, Any]) -> str:
     """The result as text: a row a tensor that differs, the worst first."""
     lines = [f"A  {result['a']}, step {result['steps'][0]}", f"B  {result['b']}, step {result['steps'][1]}"]
     for side in "ab":
-        lines += [f"only in {side.upper()}: {name}" for name in result[f"only_{side}"]]
-    for name, entry in result["different"].items():
-        for key in ("shapes", "dtypes"):
-            if key in entry:
-                lines.append(f"{name}: {key[:-1]} {entry[key][0]} in A, {entry[key][1]} in B")
-    numbers = {name: entry for name, entry in result["different"].items() if "count" in entry}
+        lines += [f"only in {side.upper()}: {heading}" for heading, _ in groups(result[f"only_{side}"])]
+    different = result["different"]
+    lines += _kinds("shape", {name: entry["shapes"] for name, entry in different.items() if "shapes" in entry})
+    lines += _kinds("dtype", {name: entry["dtypes"] for name, entry in different.items() if "dtypes" in entry})
+    numbers = {name: entry for name, entry in different.items() if "count" in entry}
     if numbers:
         rows = [("numbers that differ", "", "absolute", "relative")]
         for name, entry in sorted(numbers.items(), key=lambda item: -item[1]["absolute"]):
             counts = f"{entry['count']:,} of {entry['of']:,}"
             rows.append((name, counts, f"{entry['absolute']:.2e}", f"{entry['relative']:.2e}"))
-        lines += ["", *table(rows, "<>>>"), ""]
-    lines += [f"state {key}: {a!r} in A, {b!r} in B" for key, (a, b) in result["state"].items()]
+        lines += ["", *table(rows, "<>>>")]
+    if result["state"]:
+        states = [(short(key, 40), *(short(value(x), 32) for x in two)) for key, two in result["state"].items()]
+        lines += ["", *table([("state that differs", "A", "B"), *states], "<<<")]
     missing = len(result["only_a"]) + len(result["only_b"])
+    lines += [""] if numbers or result["state"] else []
     lines.append(
         f"equal: {plural(result['compared'], 'tensor')}"
         if result["equal"]
-        else f"differ: {len(result['different'])} of {plural(result['compared'], 'tensor')} in both, {missing} in one"
+        else f"differ: {len(different)} of {plural(result['compared'], 'tensor')} in both, {missing} in one"
     )
-    return cut(lines)
+    return page(lines)
+
+
+def _kinds(what: str, pairs: dict[str, list[Any]]) -> list[str]:
+    found = groups(pairs, lambda name: str(pairs[name]))
+    return ["{}: {} {} in A, {} in B".format(heading, what, *pairs[names[0]]) for heading, names in found]
 
 
 def _blocks(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[tuple[int, tuple[int, float, float]]]:
@@ -136,14 +147,11 @@ def difference(x: Any, y: Any) -> tuple[int, float, float]:
     return int(unequal.sum()), float(gaps.max()), float(shares.max())
 
 
-def _state(a: Any, b: Any) -> dict[str, list[Any]]:
-    """The values that differ between two states, by the path of their keys."""
-    flat_a, flat_b = _flat(a), _flat(b)
-    keys = sorted(flat_a.keys() | flat_b.keys())
-    return {k: [flat_a.get(k), flat_b.get(k)] for k in keys if flat_a.get(k) != flat_b.get(k)}
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+def _state(a: Any, b: Any, path: str = "") -> dict[str, list[Any]]:
+    """The values that differ between two states, by the path of their keys; None where one has none."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return {path: [a, b]} if a != b else {}
+    found = {}
+    for key in sorted(a.keys() | b.keys()):
+        found.update(_state(a.get(key), b.get(key), f"{path}.{key}" if path else key))
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..common import add_command
-from .text import moment, pairs, size, table
+from .text import moment, page, size, sizes, table
 
 ABOUT = """\
 List the checkpoints in a folder, the last one saved first: step, time, size, storage and the layout that wrote it. One
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ...checkpoint import checkpoints, open_checkpoint
 
     found = []
-    for path in checkpoints(Path(args.path)):
+    for path in checkpoints(Path(args.path)) or [open_checkpoint(Path(args.path)).path]:
         entry: dict[str, Any] = {"checkpoint": str(path), "complete": True}
         try:
             checkpoint = open_checkpoint(path)
@@ -50,8 +50,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "layout": layout if isinstance(layout, dict) else None,
             }
         )
-    if not found:
-        raise CheckpointError(f"{args.path}: there is no checkpoint")
     return {"checkpoints": found}
 
 
@@ -64,7 +62,6 @@ def show(result: dict[str, Any]) -> str:
         if not entry["complete"]:
             problems.append(f"{name}: not complete: {entry['problem']}")
             continue
-        sizes = {key: n for key, n in (entry["layout"] or {}).items() if type(n) is int and n > 1}
         rows.append(
             (
                 name,
@@ -72,7 +69,7 @@ def show(result: dict[str, Any]) -> str:
                 moment(entry["saved"]),
                 size(entry["bytes"]),
                 f"{entry['storage']} ({entry['files']})",
-                "" if entry["layout"] is None else pairs(sizes) or "one rank",
+                "" if entry["layout"] is None else sizes(entry["layout"]),
             )
         )
-    return "\n".join((table(rows, "<><><<") if len(rows) > 1 else []) + problems)
+    return page((table(rows, "<><><<") if len(rows) > 1 else []) + problems)

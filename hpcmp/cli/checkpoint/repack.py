@@ -25,10 +25,13 @@ def register(actions: Any) -> None:
     command = add_command(actions, "repack", "a checkpoint once more, in another storage", ABOUT, EXAMPLES)
     command.add_argument("source", metavar="SOURCE", help=PATH_HELP)
     command.add_argument("target", metavar="TARGET", help="the folder in which the new checkpoint appears")
-    kinds = (
-        "files (one for each rank), node (one for each node), shared (one of all ranks) or mpio (the same by MPI-IO)"
+    command.add_argument(
+        "--storage",
+        required=True,
+        choices=("files", "node", "shared", "mpio"),
+        metavar="KIND",
+        help="files (one a rank), node (one a node), shared (one of all ranks) or mpio (the same by MPI-IO)",
     )
-    command.add_argument("--storage", required=True, metavar="KIND", help=kinds)
     command.set_defaults(run=run, show=show)
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from ..common import add_command
-from .text import PATH_HELP, cut, moment, pairs, plural, size, table
+from .text import PATH_HELP, groups, moment, natural, page, plural, size, sizes, table, value, wrapped
 
 ABOUT = """\
 Say what is in a checkpoint: its tensors, files and storage, the layout that wrote it and the state of the run. Tensors
@@ -66,7 +63,7 @@ def show(result: dict[str, Any]) -> str:
     lines = [
         result["checkpoint"],
         f"step {result['step']}, saved {moment(result['saved'])}",
-        *([f"layout      {pairs(layout)}"] if isinstance(layout, dict) else []),
+        *([f"layout      {sizes(layout)}"] if isinstance(layout, dict) else []),
         f"storage     {result['storage']}: {plural(len(files), 'file')}, {size(sum(files.values()))}",
         f"parameters  {result['parameters']:,}",
         "",
@@ -74,24 +71,20 @@ def show(result: dict[str, Any]) -> str:
     ]
     if any("pieces" in tensor for tensor in result["tensors"].values()):
         lines += ["", *_pieces(result["tensors"])]
-    if state := {key: value for key, value in result["state"].items() if key != "layout"}:
+    if result["state"]:
         lines += ["", "state"]
-        for key, value in state.items():
-            lines += _summary(key, value)
-    return cut(lines)
+        for key, item in result["state"].items():
+            lines += _summary(key, item)
+    return page(lines)
 
 
 def _tree(tensors: dict[str, Any]) -> list[str]:
     """Aligned rows of name, shape, dtype and size; tensors that differ in numbers in their name alone share a row."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, t in tensors.items():
-        kind = re.sub(r"(?<=/)\d+(?=/)", "#", name), tuple(t["shape"]), t["dtype"]
-        groups.setdefault(kind, []).append(name)
     rows = [("tensor", "", "shape", "dtype", "size")]
-    for (_, shape, dtype), names in sorted(groups.items(), key=lambda item: _natural(item[1][0])):
-        total = sum(tensors[name]["bytes"] for name in names)
+    for heading, names in groups(tensors, lambda name: (tuple(tensors[name]["shape"]), tensors[name]["dtype"])):
+        total, first = sum(tensors[name]["bytes"] for name in names), tensors[names[0]]
         times = f"{len(names)} x" if len(names) > 1 else ""
-        rows.append((_joined(names), times, " x ".join(map(str, shape)) or "scalar", dtype, size(total)))
+        rows.append((heading, times, " x ".join(map(str, first["shape"])) or "scalar", first["dtype"], size(total)))
     rows.append((plural(len(tensors), "tensor"), "", "", "", size(sum(t["bytes"] for t in tensors.values()))))
     return table(rows, "<><<>")
 
@@ -99,7 +92,7 @@ def _tree(tensors: dict[str, Any]) -> list[str]:
 def _pieces(tensors: dict[str, Any]) -> list[str]:
     """Aligned rows of the pieces of all tensors."""
     rows = [("tensor", "part", "file", "digest")]
-    for name in sorted(tensors, key=_natural):
+    for name in sorted(tensors, key=natural):
         for piece in tensors[name]["pieces"]:
             ends = zip(piece["start"], piece["count"], strict=True)
             part = ", ".join(f"{a}:{a + n}" for a, n in ends)
@@ -107,24 +100,7 @@ def _pieces(tensors: dict[str, Any]) -> list[str]:
     return table(rows, "<<<<")
 
 
-def _joined(names: list[str]) -> str:
-    """blocks/0/up, blocks/1/up, blocks/3/up: ``blocks/0-1,3/up``."""
-    words = []
-    for column in zip(*(name.split("/") for name in names), strict=True):
-        numbers = sorted({int(word) for word in column}) if len(set(column)) > 1 else []
-        runs = []
-        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-            members = [number for _, number in run]
-            runs.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else f"{members[0]}")
-        words.append(",".join(runs) or column[0])
-    return "/".join(words)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split("/")]
-
-
-def _summary(key: str, value: Any, indent: str = "  ") -> list[str]:
-    if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
-        return [f"{indent}{key}", *(line for k, v in value.items() for line in _summary(k, v, indent + "  "))]
-    return [f"{indent}{key:<16}  {pairs(value) if isinstance(value, dict) else json.dumps(value)}"]
+def _summary(key: str, item: Any, indent: str = "  ") -> list[str]:
+    if isinstance(item, dict) and any(isinstance(inner, dict) for inner in item.values()):
+        return [f"{indent}{key}", *(line for k, v in item.items() for line in _summary(k, v, indent + "  "))]
+    return wrapped(f"{indent}{key:<16}  ", value(item))

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ...checkpoint import checkpoints, open_checkpoint
 
     found = []
-    for path in checkpoints(Path(args.path)):
+    for path in checkpoints(Path(args.path)) or [open_checkpoint(Path(args.path)).path]:
         entry: dict[str, Any] = {"checkpoint": str(path), "tensors": 0, "bytes": 0}
         try:
             checkpoint = open_checkpoint(path)
@@ -47,8 +47,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except CheckpointError as error:
             entry["problems"] = [str(error)]
         found.append(entry)
-    if not found:
-        raise CheckpointError(f"{args.path}: there is no checkpoint")
     return {"checkpoints": found, "exit_code": FAILED if any(entry["problems"] for entry in found) else OK}
 
 
