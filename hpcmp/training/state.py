@@ -115,7 +115,11 @@ def load_initial(path: str, engine: Engine, tokenizer: str) -> None:
 
     tokenizer: the definition of that of the data; another one in the checkpoint is worth a warning.
     """
-    checkpoint, config = open_checkpoint(path, engine.mesh), engine.config
+    config = engine.config
+    try:
+        checkpoint = open_checkpoint(path, engine.mesh)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.initial: {error}") from None
     with agreed(engine.mesh, lambda who, why: CheckpointError(why)):
         keys = [key for key in _MODEL if key != "sequence" or config.model.style == "gpt"]  # llama learns no positions
         if different := _different(config_of(checkpoint), config, keys):
