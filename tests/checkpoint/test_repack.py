@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hpcmp.checkpoint import CheckpointSaveError, Slab, open_checkpoint, repack, save, slab
+from hpcmp.checkpoint import Slab, open_checkpoint, repack, save, slab
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
 from tests.checkpoint.cases import STATE, assert_filled, owned, targets, version_at, write
@@ -51,10 +51,10 @@ def test_a_damaged_one_is_not_made_good(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_no_room(tmp_path):
+def test_where_there_can_be_no_folder(tmp_path):
     write(tmp_path / "a", 1)
     (tmp_path / "b").touch()
-    with pytest.raises(CheckpointSaveError, match="Not a directory"):
+    with pytest.raises(InputError, match="b: is no folder"):
         repack(open_checkpoint(tmp_path / "a"), tmp_path / "b" / "c", "shared")
 
 
