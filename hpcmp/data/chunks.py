@@ -1,7 +1,9 @@
-"""Chunks of an HDF5 dataset of one dimension, decoded here and not by HDF5.
+"""Chunks of an HDF5 dataset of one dimension, read and decoded here and not by HDF5.
 
 A kilobyte of deflate can say a megabyte, and HDF5 gives its filter memory without end. Here a chunk never becomes
-longer than it says. Source: the HDF5 library's H5Zdeflate.c, H5Zshuffle.c, H5Zfletcher32.c and H5checksum.c.
+longer than it says. A chunk without filters may claim to be longer than chunks are, and HDF5 2.0 writes all of it to
+the memory of one. So HDF5 is asked for nothing but the place of a chunk. Source: the HDF5 library's H5Zdeflate.c,
+H5Zshuffle.c, H5Zfletcher32.c and H5checksum.c.
 """
 
 from __future__ import annotations
@@ -13,31 +15,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hdf5 import DEFLATE, FLETCHER32, SHUFFLE
+from ..plain import PlainFile
 
 
-def read(dataset: Any, start: int, stop: int, size: int) -> NDArray[Any]:
-    """``dataset[start:stop]`` of an h5py dataset that ``Hdf5File`` found sound, in a file of ``size`` bytes.
+def read(dataset: Any, start: int, stop: int, file: PlainFile) -> NDArray[Any]:
+    """``dataset[start:stop]`` of an h5py dataset that ``Hdf5File`` found sound, in ``file``.
 
-    Raises ValueError if a chunk is not what it says.
+    Raises ValueError if a chunk is not what it says, OSError if it cannot be read.
     """
     length = dataset.chunks[0]
     values = np.empty(stop - start, dataset.dtype)
     for first in range(start - start % length, stop, length):
         a, b = max(start, first), min(stop, first + length)
-        values[a - start : b - start] = _chunk(dataset, first, size)[a - first : b - first]
+        values[a - start : b - start] = _chunk(dataset, first, file)[a - first : b - first]
     return values
 
 
-def _chunk(dataset: Any, first: int, size: int) -> NDArray[Any]:
+def _chunk(dataset: Any, first: int, file: PlainFile) -> NDArray[Any]:
     """The chunk that begins at element ``first``."""
     place, itemsize = dataset.id.get_chunk_info_by_coord((first,)), dataset.dtype.itemsize
     whole = dataset.chunks[0] * itemsize
-    if place.byte_offset is None or place.byte_offset + place.size > size or place.size > 2 * whole + 1024:
+    if place.byte_offset is None or place.byte_offset + place.size > file.size or place.size > 2 * whole + 1024:
         raise ValueError(f"the chunk at {first} is not in the file, or far longer than it should be")
-    left_out, data = dataset.id.read_direct_chunk((first,))
+    buffer = bytearray(place.size)
+    file.read_at(buffer, place.byte_offset)
+    data = bytes(buffer)
     plist = dataset.id.get_create_plist()
     for i in reversed(range(plist.get_nfilters())):
-        if left_out >> i & 1:
+        if place.filter_mask >> i & 1:
             continue
         kind = plist.get_filter(i)[0]
         if kind == DEFLATE:

@@ -55,7 +55,7 @@ class Column:
         """Elements ``start`` to ``stop``, which are there; nothing else is read but the chunks that they lie in."""
         with self._file.at(f"{self._name}[{start}:{stop}]"):
             if self._dataset.chunks:
-                return chunks.read(self._dataset, start, stop, self._file.size)
+                return chunks.read(self._dataset, start, stop, self._file.plain)
             return np.asarray(self._dataset[start:stop])
 
     def text(self, key: str) -> str:

@@ -195,6 +195,8 @@ CHUNKS: dict[str, tuple[dict[str, Any], bytes, int, str]] = {
     "too little": ({"compression": 9}, bomb(31), 0, "has 31 bytes instead of 32"),
     "cut off": ({"compression": 9}, bomb(32)[:-2], 0, "or comes to no end"),
     "not deflate": ({"compression": 9}, b"\xff" * 20, 0, "a damaged chunk"),
+    "longer, without filters": ({}, bytes(1000), 0, "has 1000 bytes instead of 32"),
+    "shorter, without filters": ({}, bytes(31), 0, "has 31 bytes instead of 32"),
     "no checksum": ({"fletcher32": True}, bytes(3), 0, "has 0 bytes instead of 32"),
     "a checksum of zeros": ({"fletcher32": True}, bytes(36), 0, ""),
     "another checksum": ({"fletcher32": True}, bytes(35) + b"\1", 0, "its checksum does not fit"),
