@@ -109,3 +109,14 @@ def shapes(ranks: int) -> list[dict[str, int]]:
     return [
         {"dp": dp, "pp": pp, "tp": ranks // dp // pp} for dp in divisors for pp in divisors if ranks // dp % pp == 0
     ]
+
+
+def same_everywhere(world, text):
+    """The text, which all ranks must have alike."""
+    assert len(set(world.allgather(text))) == 1, world.allgather(text)
+    return text
+
+
+def visible(root):
+    """The names in a directory."""
+    return sorted(p.name for p in root.iterdir())

@@ -13,7 +13,7 @@ import pytest
 
 from hpcmp.checkpoint import CheckpointSaveError, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
-from tests.checkpoint.cases import MPIO, TOGETHER, version_at, write
+from tests.checkpoint.cases import MPIO, TOGETHER, version_at, visible, write
 from tests.checkpoint.kills import BEHIND, OF_RANK_0, kills
 from tests.harness import mpio
 
@@ -33,10 +33,6 @@ def killed_in(phase, root, step, version, **options):
             os._exit(3)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{phase} is not a phase of a save"
-
-
-def visible(root):
-    return sorted(p.name for p in root.iterdir())
 
 
 @pytest.mark.parametrize("storage", ["files", "shared"])

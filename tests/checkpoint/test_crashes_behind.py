@@ -11,7 +11,7 @@ import pytest
 
 from hpcmp.checkpoint import Saver, open_checkpoint
 from hpcmp.comm.mesh import Mesh
-from tests.checkpoint.cases import version_at, write
+from tests.checkpoint.cases import version_at, visible, write
 from tests.checkpoint.test_saver import behind, polled
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +32,6 @@ def killed_in(phase, root, step, version, **options):
             os._exit(3)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{phase} is not a phase of a save"
-
-
-def visible(root):
-    return sorted(p.name for p in root.iterdir())
 
 
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "replace"])

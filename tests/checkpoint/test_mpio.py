@@ -24,6 +24,7 @@ from tests.checkpoint.cases import (
     assert_filled,
     assert_untouched,
     owned,
+    same_everywhere,
     shapes,
     targets,
     value,
@@ -31,11 +32,6 @@ from tests.checkpoint.cases import (
 )
 
 pytestmark = [pytest.mark.mpi, pytest.mark.mpio, pytest.mark.timeout(300)]
-
-
-def same_everywhere(world, text):
-    assert len(set(world.allgather(text))) == 1, world.allgather(text)
-    return text
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tests.checkpoint.cases import (
     assert_filled,
     assert_untouched,
     owned,
+    same_everywhere,
     shapes,
     targets,
     value,
@@ -28,11 +29,6 @@ from tests.checkpoint.cases import (
 )
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def same_everywhere(world, text):
-    assert len(set(world.allgather(text))) == 1, world.allgather(text)
-    return text
 
 
 @pytest.mark.mpi
