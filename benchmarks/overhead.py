@@ -17,6 +17,7 @@ import pstats
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from benchmarks.peers.hpcmp_step import Steps
 from hpcmp import collectives, wgrad
 from hpcmp.comm.base import Communicator
 from hpcmp.comm.mesh import Mesh
+from hpcmp.comm.recorder import RECORDER, Flight
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.activation import GELU
 from hpcmp.layers.attention import Heads, attention_core
@@ -129,6 +131,27 @@ def step_ms(number: int, layout: str, world: Intracomm | None) -> float:
     return best_of(lambda: steps(next(at)), inner=1, outer=60) / 1e3
 
 
+def record_us() -> float:
+    """Microseconds that the flight recorder takes for an operation, from its call to its end."""
+    flight, count = Flight("", [0, 1]), np.ones(64, np.float32)
+
+    def record() -> None:
+        record = flight.begin("all_reduce", count.dtype, count.size)
+        record.block()
+        record.leave()
+
+    return best_of(record)
+
+
+def records(number: int, layout: str, world: Intracomm | None) -> int:
+    """How many operations a step of ``number`` layers records."""
+    steps = tiny_steps(number, layout, world)
+    steps(0)
+    RECORDER.records = deque()
+    steps(1)
+    return len(RECORDER.records)
+
+
 def profile(layout: str, world: Intracomm | None) -> None:
     """Print where a 12-layer step's time goes."""
     steps = tiny_steps(12, layout, world)
@@ -174,6 +197,10 @@ def main(argv: list[str] | None = None) -> None:
         say(f"step, {layout}: " + ", ".join(f"{n} layers {ms:.2f} ms" for n, ms in times.items()))
         slope = (times[LAYERS[-1]] - times[LAYERS[0]]) / (LAYERS[-1] - LAYERS[0])
         say(f"  {1e3 * slope:.0f} us a layer, {1e3 * (times[LAYERS[0]] - slope):.0f} us besides")
+        if comm is not None:
+            calls, us = records(LAYERS[-1], layout, comm), record_us()
+            share = calls * us / (1e3 * times[LAYERS[-1]])
+            say(f"  flight recorder: {calls} operations of {us:.2f} us, {share:.2%} of the {LAYERS[-1]} layers' step")
         if args.profile:
             profile(layout, comm)
 

@@ -17,6 +17,12 @@ class CheckFailed(HpcmpError):
     exit_code = 1
 
 
+class MismatchError(HpcmpError):
+    """Ranks call different collectives at the same time: a bug of the program. The same on every rank of the group."""
+
+    exit_code = 69
+
+
 class InputError(HpcmpError):
     """Bad input: the message names the file, key or flag, and what would be right. Nothing has been changed."""
 

@@ -24,10 +24,17 @@ class PlainFile(io.FileIO):
         only = 0 if links else os.O_NOFOLLOW
         super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | only))
         try:
-            self.size = self._check(os.fstat(self.fileno()))
+            status = os.fstat(self.fileno())
+            self.size, self._written = self._check(status), status.st_mtime_ns
         except OSError:
             self.close()
             raise
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file has been written to since it was opened, by its size and time of modification."""
+        now = os.fstat(self.fileno())
+        return (now.st_size, now.st_mtime_ns) != (self.size, self._written)
 
     def read_at(self, buffer: Any, offset: int) -> None:
         """Fill all of ``buffer``, C-contiguous, from byte ``offset`` on. Raises OSError if the file ends before."""

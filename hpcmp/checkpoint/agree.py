@@ -36,14 +36,23 @@ def agreed(mesh: Mesh | None, failed: Callable[[str, str], HpcmpError]) -> Itera
 
 def broadcast(mesh: Mesh | None, value: Any, root: int = 0) -> Any:
     """The value of rank ``root``, on every rank."""
-    return value if mesh is None or mesh.comm is None else mesh.comm.bcast(value, root)
+    if mesh is None or mesh.comm is None:
+        return value
+    with mesh.flight.blocking("broadcast of an object", root):
+        return mesh.comm.bcast(value, root)
 
 
 def gather(mesh: Mesh, value: Any) -> list[Any]:
     """The values of all ranks on rank 0, and an empty list on the others."""
-    return [value] if mesh.comm is None else mesh.comm.gather(value) or []
+    if mesh.comm is None:
+        return [value]
+    with mesh.flight.blocking("gather of objects", 0):
+        return mesh.comm.gather(value) or []
 
 
 def scatter(mesh: Mesh, values: list[Any]) -> Any:
     """This rank's of rank 0's values, of which there is one for each rank; what others pass is ignored."""
-    return values[0] if mesh.comm is None else mesh.comm.scatter(values if mesh.rank == 0 else None)
+    if mesh.comm is None:
+        return values[0]
+    with mesh.flight.blocking("scatter of objects", 0):
+        return mesh.comm.scatter(values if mesh.rank == 0 else None)

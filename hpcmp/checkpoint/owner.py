@@ -6,43 +6,15 @@ import getpass
 import json
 import os
 import secrets
-import shutil
 import socket
-import subprocess
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-#: Slurm's states of a job of which nothing runs any more. Not NODE_FAIL: a node that does not answer may still compute.
-_ENDED = frozenset("CANCELLED COMPLETED DEADLINE FAILED OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
-_ASKING = 10.0  # seconds that the scheduler has for its answer
-
-
-class Job(NamedTuple):
-    """A batch job: its scheduler ("" outside of any), id, cluster if it is Slurm's, and how often it was requeued."""
-
-    scheduler: str = ""
-    id: str = ""
-    cluster: str = ""
-    restarts: int = 0
-
-
-def job(environ: Mapping[str, str] = os.environ) -> Job:
-    """The batch job that this process is in, by its environment."""
-    if number := environ.get("SLURM_JOB_ID"):
-        restarts = environ.get("SLURM_RESTART_COUNT", "")
-        cluster = environ.get("SLURM_CLUSTER_NAME", "")
-        return Job("Slurm", number, cluster, int(restarts) if restarts.isascii() and restarts.isdigit() else 0)
-    if number := environ.get("LSB_JOBID"):
-        index = environ.get("LSB_JOBINDEX", "0")  # the jobs of an array share an id
-        return Job("LSF", number if index in ("", "0") else f"{number}[{index}]")
-    for scheduler, variable in (("PBS", "PBS_JOBID"), ("Flux", "FLUX_JOB_ID")):
-        if number := environ.get(variable):
-            return Job(scheduler, number)
-    return Job()
+from ..batch import Job as Job
+from ..batch import find_job, has_ended
 
 
 @dataclass(frozen=True)
@@ -75,8 +47,10 @@ class Owner:
             owner = cls(**content | {"job": Job(**content["job"])})
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
-        texts = (owner.host, owner.machine, owner.user, owner.taken, owner.token, *owner.job[:3])
-        numbers = (owner.pid, 0 if owner.start is None else owner.start, owner.job.restarts)
+        texts: list[object] = [owner.host, owner.machine, owner.user, owner.taken, owner.token]
+        numbers: list[Any] = [owner.pid, 0 if owner.start is None else owner.start]
+        for value, kind in zip(owner.job, Job(), strict=True):
+            (texts if isinstance(kind, str) else numbers).append(value)
         good = all(type(x) is str for x in texts) and all(type(x) is int and 0 <= x < 2**63 for x in numbers)
         return owner if good and 0 < owner.pid < 2**31 else None
 
@@ -103,10 +77,10 @@ class Owner:
         """How it is known that the process runs no more; None if it does, or nobody here knows. Takes 10 s at most."""
         if self.is_here:
             return self._death_here()
-        mine = job()
+        mine = find_job()
         if self.job.cluster and self.job.cluster == mine.cluster:
             if self.job.id != mine.id:
-                return "its job has ended" if _slurm_ended(self.job.id) else None
+                return "its job has ended" if has_ended(self.job) else None
             return "its job has been requeued since" if self.job.restarts < mine.restarts else None
         return None
 
@@ -127,7 +101,7 @@ def this_process() -> Owner:
         user = f"user {os.getuid()}"
     taken = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
     start = _stat(os.getpid())[1]
-    return Owner(socket.gethostname(), _machine(), os.getpid(), start, user, job(), taken, secrets.token_hex(8))
+    return Owner(socket.gethostname(), _machine(), os.getpid(), start, user, find_job(), taken, secrets.token_hex(8))
 
 
 def running(pid: int) -> bool:
@@ -157,19 +131,3 @@ def _stat(pid: int) -> tuple[str, int | None]:
         return fields[0], int(fields[19])
     except (OSError, ValueError, IndexError):
         return "", None
-
-
-def _slurm_ended(number: str) -> bool:
-    """Whether Slurm knows that a job of this cluster has ended, or has forgotten it, minutes after its end."""
-    squeue = shutil.which("squeue")
-    if squeue is None or not (number.isascii() and number.isdigit()):
-        return False
-    command = [squeue, "--noheader", "--states=all", "--format=%T", f"--jobs={number}"]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASKING)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    if done.returncode:
-        return "Invalid job id" in done.stderr
-    states = done.stdout.split()
-    return bool(states) and _ENDED.issuperset(states)

@@ -11,7 +11,7 @@ from .. import __version__
 from . import common
 
 #: The commands, in the order of the help page: ``hpcmp.cli.NAME`` has ``register(subparsers)``.
-COMMANDS = ("train", "verify", "generate", "data", "checkpoint", "doctor")
+COMMANDS = ("train", "verify", "generate", "data", "checkpoint", "report", "doctor", "job")
 
 
 def parser() -> common.Parser:

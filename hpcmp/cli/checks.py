@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
-import platform
 import shutil
 import socket
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import __version__
 from ..comm import detect
 from ..comm.fit import divisors
 from ..comm.topology import Topology
+from ..training.versions import ask, load
+from ..training.versions import first_line as first_line
+from ..training.versions import versions as versions
 
 LITTLE = 2**30  # bytes of free space below which a checkpoint may not fit
 
@@ -45,57 +43,6 @@ class Facts:
     share: detect.Share
     rate: float
     gpus: int
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _load(name: str) -> tuple[Any, str]:
-    """The module, or None and why: what is optional or broken must not end the doctor."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what CuPy misses is in the report
-            return importlib.import_module(name), ""
-    except Exception as error:
-        return None, first_line(error)
-
-
-def _ask(function: Callable[[], Any], otherwise: Any) -> Any:
-    """What a library answers, or ``otherwise`` where it raises, as CuPy does without a driver."""
-    try:
-        return function()
-    except Exception:
-        return otherwise
-
-
-def versions(mpi: Any) -> dict[str, str]:
-    """{software: version}: what should be the same on every host."""
-    numpy, h5py, cupy, nccl = (_load(name)[0] for name in ("numpy", "h5py", "cupy", "cupy.cuda.nccl"))
-    versions = {"Python": platform.python_version(), "hpcmp": __version__, "NumPy": numpy.__version__}
-    versions["BLAS"] = _blas().partition(",")[0]  # not its kernels: processors may differ
-    mpi4py, _ = _load("mpi4py")
-    versions["mpi4py"] = mpi4py.__version__ if mpi4py else "not installed"
-    if mpi:
-        vendor, number = mpi.get_vendor()
-        standard = ".".join(map(str, mpi.Get_version()))
-        first = mpi.Get_library_version().splitlines()[0].strip(" \t\0")
-        versions["MPI"] = f"{vendor} {'.'.join(map(str, number))}, MPI {standard} ({first})"
-    versions["h5py"] = h5py.__version__ if h5py else "not installed"
-    versions["HDF5"] = h5py.version.hdf5_version if h5py else "not installed"
-    versions["CuPy"] = cupy.__version__ if cupy else "not installed"
-    if cupy:
-        runtime = cupy.cuda.runtime
-        versions["CUDA runtime"] = _cuda(_ask(runtime.runtimeGetVersion, 0))
-        versions["CUDA driver"] = _cuda(_ask(runtime.driverGetVersion, 0))
-        code = _ask(lambda: nccl.get_version(), 0)
-        versions["NCCL"] = f"{code // 10000}.{code // 100 % 100}.{code % 100}" if code else "not found"
-    return versions
-
-
-def _cuda(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "not found"
 
 
 def version_checks(ranks: list[Facts]) -> list[Check]:
@@ -152,7 +99,7 @@ def node_check(topology: Topology) -> Check:
 
 def parallel_hdf5() -> Check:
     """Whether h5py writes one file from many ranks."""
-    h5py, _ = _load("h5py")
+    h5py, _ = load("h5py")
     mpio = bool(h5py and h5py.get_config().mpi)
     return Check(
         "parallel HDF5", "ok", "mpio driver" if mpio else "no mpio driver: checkpoint.storage may be any but mpio"
@@ -161,13 +108,13 @@ def parallel_hdf5() -> Check:
 
 def gpus() -> int:
     """How many GPUs CuPy finds."""
-    cupy, _ = _load("cupy")
-    return int(_ask(cupy.cuda.runtime.getDeviceCount, 0)) if cupy else 0
+    cupy, _ = load("cupy")
+    return int(ask(cupy.cuda.runtime.getDeviceCount, 0)) if cupy else 0
 
 
 def gpu_check(ranks: list[Facts]) -> Check:
     """The GPUs of this host, for the ranks on it."""
-    cupy, why = _load("cupy")
+    cupy, why = load("cupy")
     if not cupy:
         if Path("/proc/driver/nvidia/version").exists():
             return Check(
@@ -177,7 +124,7 @@ def gpu_check(ranks: list[Facts]) -> Check:
     count, here = gpus(), sum(rank.host == socket.gethostname() for rank in ranks)
     if not count:
         return Check("GPUs", "warn", "CuPy finds no GPU", "run on a node with a GPU and its driver, or on the CPU")
-    name = _ask(lambda: cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "unknown")
+    name = ask(lambda: cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "unknown")
     # A launcher may show each rank its own GPU alone; then a count of 1 for many ranks is as it should be.
     advice = "start at most one rank a GPU" if here > count and "CUDA_VISIBLE_DEVICES" not in os.environ else ""
     if ranks[0].versions.get("NCCL") == "not found":

@@ -19,17 +19,19 @@ from typing import Any, NoReturn
 from ..comm.detect import launcher
 from ..errors import HpcmpError, InputError
 
-OK, FAILED, BAD_INPUT, INTERNAL, CONTINUE, SIGNAL = 0, 1, 2, 70, 75, 128
+OK, FAILED, BAD_INPUT, OUT_OF_STEP, INTERNAL, CONTINUE, STUCK, SIGNAL = 0, 1, 2, 69, 70, 75, 78, 128
 
 #: The exit codes of every command; docs/exit-codes.md explains them.
 EXIT_CODES = {
     "0": "success",
-    "1": "a check that was asked for failed: gradients differ, a checkpoint is damaged, doctor found a problem; "
-    "or a checkpoint could not be saved",
+    "1": "a check that was asked for failed: gradients or replicas differ, a checkpoint is damaged, doctor found a "
+    "problem; or a loss is no number, or a checkpoint could not be saved",
     "2": "bad input, or a directory that another run is using: one line on stderr names the file, key or flag",
+    "69": "a rank is gone, never came to a collective, or called another one: the verdict is on stderr",
     "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
-    "75": "stopped early with a checkpoint, at the time limit or by SIGTERM or SIGUSR1: run it again to go on",
-    "128 + n": "ended by signal n: 130 after Ctrl-C, 139 after a segmentation fault",
+    "75": "stopped early with a checkpoint, at the time limit or by SIGTERM, SIGUSR1 or SIGUSR2: run it again to go on",
+    "78": "as 75, but not requeued (train.requeue): it began three times at one step, so running it again is no use",
+    "128 + n": "ended by signal n: 130 after Ctrl-C, 139 after a segmentation fault, 143 after a second SIGTERM",
 }
 
 
@@ -38,7 +40,19 @@ class UsageError(InputError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError where argparse would print its usage and exit."""
+    """An ArgumentParser that raises UsageError where argparse would print its usage and exit.
+
+    A command's ``overrides`` may also follow its options, after ``--`` or not, where argparse knows them no more.
+    """
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = self.parse_known_args(args, namespace)
+        left = [word for word in left if word != "--"]
+        if left and (not hasattr(found, "overrides") or any(word.startswith("-") for word in left)):
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        if left:
+            found.overrides = [*found.overrides, *left]
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -46,7 +60,8 @@ class Parser(argparse.ArgumentParser):
 
 #: The parent of every command's parser: ``subparsers.add_parser(name, parents=[common.parent], help=...)``, followed by
 #: ``set_defaults(run=...)``, a function from the arguments to the result object, and if it has something to say on a
-#: terminal ``set_defaults(show=...)``, from the result to text. A result's "exit_code", 0 if absent, ends the process.
+#: terminal ``set_defaults(show=...)``, from the result to text. ``last``, if it is there, gets the result on rank 0
+#: when it has been printed. A result's "exit_code", 0 if absent, ends the process.
 parent = Parser(add_help=False)
 parent.add_argument(
     "--json", action="store_true", help="print the result as one JSON object on stdout; logs go to stderr"
@@ -75,8 +90,9 @@ def log_to_stderr() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     log = logging.getLogger("hpcmp")
     level = log.level
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.addHandler(handler)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO)
     try:
         yield
     finally:
@@ -126,6 +142,9 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
                 raise
             _forget_stdout()
             raise InputError(f"stdout: {error.strerror}") from None
+        finally:
+            if hasattr(args, "last"):
+                args.last(result)
     elif code != OK and mpi is None:
         _await_turn(rank)  # nothing else keeps rank 0 alive until it has printed
     return code

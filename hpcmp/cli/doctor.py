@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from typing import Any
 
+from ..batch import find_job, time_left
 from ..comm import detect
 from ..comm.topology import find
 from ..errors import InputError
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         checks.rate_check(ranks),
         *([checks.all_reduce_check(world)] if world and world.size > 1 else []),
         checks.directory_check(world),
+        _job_check(world),
     ]
     result = {
         "ranks": len(ranks),
@@ -72,6 +74,15 @@ def show(result: dict[str, Any]) -> str:
     count = Counter(check["status"] for check in result["checks"])
     lines.append(f"problems: {count['problem']}, warnings: {count['warn']}")
     return "\n".join(lines)
+
+
+def _job_check(world: Any) -> Check:
+    """The batch job, and on rank 0, which asks the scheduler, the time that it has left."""
+    from ..training.metrics import clock
+
+    job = find_job()
+    left = time_left(job) if world is None or world.rank == 0 else None
+    return Check("batch job", "ok", str(job) if left is None else f"{job}, {clock(left)} left")
 
 
 def _start_mpi() -> tuple[Any, list[Check]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import logging
 from typing import Any
 
-from .common import CONTINUE, OK, add_command
+from ..batch import requeue
+from .common import CONTINUE, OK, STUCK, add_command
+from .signals import stopping
 
 ABOUT = """\
 Train a model as CONFIG.toml says, on every rank of mpirun or srun (or alone), and go on from the newest checkpoint
@@ -22,9 +24,11 @@ what comes out, in run.directory:
   metrics.jsonl    a line of JSON a step: loss, gradient norm, learning rate, tokens/s, share of peak flops
   checkpoints/     step_00001000/ ...: HDF5, every tensor in its global shape (`hpcmp checkpoint show`)
   config.toml      the configuration with every derived value filled in
+  manifest.jsonl   a line of JSON a start: versions, hosts, cores, job, data (`hpcmp report` reads all of these)
   loss.png         with run.plot=true
 
-All keys are in docs/configuration.md. SIGTERM and SIGUSR1 save and stop after the step at hand, with exit code 75."""
+All keys are in docs/configuration.md. SIGTERM, SIGUSR1 and SIGUSR2 save and stop after the step at hand, with exit code
+75, as does a job's time limit, before which there is time for a save; train.requeue=true has the job run again."""
 
 
 def register(subparsers: Any) -> None:
@@ -32,7 +36,7 @@ def register(subparsers: Any) -> None:
     command = add_command(subparsers, "train", "train a model as a configuration file says", ABOUT, EXAMPLES)
     command.add_argument("config", metavar="CONFIG.toml", help="the configuration")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of what the file says")
-    command.set_defaults(run=run, show=show)
+    command.set_defaults(run=run, show=show, last=last)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,22 +46,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from .world import world
 
     config = load_config(args.config, args.overrides)
-    with Trainer(config, world()) as trainer:
-
-        def stop(number: int, frame: object) -> None:
-            trainer.request_stop(f"received {signal.Signals(number).name}")
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, stop)
+    with Trainer(config, world()) as trainer, stopping(trainer.request_stop):
         summary = trainer.train()
-    return summary | {"exit_code": OK if summary["finished"] else CONTINUE}
+    return summary | {"exit_code": OK if summary["finished"] else STUCK if summary["stuck"] else CONTINUE}
+
+
+def last(result: dict[str, Any]) -> None:
+    """Have the job run again, if that is to be: the scheduler may end it before this returns."""
+    if command := result["requeue"]:
+        log = logging.getLogger("hpcmp")
+        log.info("requeueing: %s", " ".join(command))
+        if wrong := requeue(command):
+            log.error("the job is not requeued: %s", wrong)
 
 
 def show(result: dict[str, Any]) -> str:
     """The summary, for a person."""
     loss = "none taken" if result["loss"] is None else f"{result['loss']:.4f}"
-    held_out = "nothing is held out" if result["held_out_loss"] is None else f"{result['held_out_loss']:.4f}"
+    held_out = "not taken" if result["held_out_loss"] is None else f"{result['held_out_loss']:.4f}"
     lines = [
         f"{result['reason']}: step {result['step']} of {result['steps']}",
         f"  loss         {loss} nats a token in the last step; held out: {held_out}",

@@ -11,7 +11,6 @@ what this rank sends.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -20,13 +19,20 @@ from functools import cached_property
 from typing import Any, Literal
 
 from .. import partition
-from ..arrays import Array, array_module
-from .traffic import Traffic, all_reduced
+from ..arrays import Array
+from .recorder import Record
+from .traffic import Traffic
 
 Op = Literal["sum", "max"]
 
 #: What moves on operations of several messages, which MPI does not know as one: every wait of the process calls it.
 DRIVERS: list[Callable[[], None]] = []
+
+
+class Waited:
+    """``seconds``: how long this process has waited for communication so far."""
+
+    seconds = 0.0
 
 
 #: Of communications that were given up while they ran (an exception between start and wait): MPI reads and writes their
@@ -38,11 +44,27 @@ class Pending:
     """The result of a communication that may still be running. It keeps alive every buffer that is in use, also of a
     communication that nobody waits for any more."""
 
+    record: Record | None = None  # of the operation, until it is there
+
     def __init__(self, result: Array, requests: Any = (), finish: Callable[[Array], Array] | None = None, *keep: Any):
         self.result, self.requests, self.finish, self.keep = result, list(requests), finish, keep
 
     def wait(self) -> Array:
         """Block until it is there; returns the array. Later calls return the same array."""
+        record, self.record = self.record, None
+        if record is None:
+            return self._complete()
+        record.block()
+        done = False
+        try:
+            self._complete()
+            done = True
+        finally:
+            record.leave(done)
+        return self.result
+
+    def _complete(self) -> Array:
+        before, start = Waited.seconds, time.perf_counter()
         for request in self.requests:
             tries = 0
             while DRIVERS and not request.Test():
@@ -50,6 +72,8 @@ class Pending:
                     drive()
                 give_way(tries := tries + 1)
             request.Wait()
+        if self.requests:  # set, not added to: waits within this one are part of it
+            Waited.seconds = before + time.perf_counter() - start
         if self.finish is not None:
             self.result = self.finish(self.result)
         self.requests, self.finish, self.keep = [], None, ()
@@ -58,6 +82,9 @@ class Pending:
     def test(self) -> bool:
         """Whether it is there; gives the library a chance to make progress."""
         self.requests = [request for request in self.requests if not request.Test()]
+        if self.record is not None and not self.requests:
+            self.record.finish()
+            self.record = None
         return not self.requests
 
     def __del__(self) -> None:
@@ -177,116 +204,3 @@ class Solo(Communicator):
 
     def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
         raise ValueError("a group of one has nobody to receive from")
-
-
-class Layouts(Communicator):
-    """The part that MPI and NCCL share: turning a collective along any axis into one over flat, contiguous buffers.
-
-    Subclasses move ``counts[r]`` elements per rank between one-dimensional buffers; this class counts the traffic,
-    moves the axis to the front, cuts, joins and moves it back. An axis that is already first costs no copy.
-    """
-
-    def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
-        self.traffic.count("all_reduce", all_reduced(x.size, self.size, self.rank) * self._summed(x))
-        return self._all_reduce(x, op, out)
-
-    def broadcast(self, x: Array, root: int = 0) -> Pending:
-        self.traffic.count("broadcast", x.nbytes if (self.rank + 1 - root) % self.size else 0)
-        return self._broadcast(x, root)
-
-    def send(self, x: Array, peer: int, tag: int = 0) -> Pending:
-        self.traffic.count("send", x.nbytes)
-        return self._send(x, peer, tag)
-
-    def all_gather(self, x: Array, axis: int = 0, total: int | None = None) -> Pending:
-        rows = self.shards(total, x.shape[axis])
-        if axis == 0:
-            return self.all_gather_v(x, rows)
-        xp = array_module(x)
-        pending = self.all_gather_v(xp.moveaxis(x, axis, 0), rows)
-        return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
-
-    def reduce_scatter(self, x: Array, axis: int = 0) -> Pending:
-        rows = partition.sizes(x.shape[axis], self.size)
-        if axis == 0:
-            return self.reduce_scatter_v(x, rows)
-        xp = array_module(x)
-        pending = self.reduce_scatter_v(xp.moveaxis(x, axis, 0), rows)
-        return _then(pending, lambda y: xp.moveaxis(y, 0, axis))
-
-    def all_to_all(self, x: Array, split: int, concat: int, total: int | None = None) -> Pending:
-        xp = array_module(x)
-        out_rows, in_rows = partition.sizes(x.shape[split], self.size), self.shards(total, x.shape[concat])
-        parts = [xp.take(x, xp.arange(s.start, s.stop), split) for s in partition.split(x.shape[split], self.size)]
-        shapes = [list(part.shape) for part in parts]
-        incoming = []
-        for n in in_rows:
-            shape = list(x.shape)
-            shape[split], shape[concat] = out_rows[self.rank], n
-            incoming.append(shape)
-        sent = xp.concatenate([part.reshape(-1) for part in parts])
-        counts = [math.prod(shape) for shape in incoming]
-        pending = self.all_to_all_v(sent, [math.prod(shape) for shape in shapes], counts)
-
-        def join(y: Array) -> Array:
-            ends = [sum(counts[: r + 1]) for r in range(self.size)]
-            pieces = [y[e - c : e].reshape(s) for e, c, s in zip(ends, counts, incoming, strict=True)]
-            return xp.concatenate(pieces, concat)
-
-        return _then(pending, join)
-
-    def all_gather_v(self, x: Array, rows: Sequence[int]) -> Pending:
-        rest = x.shape[1:]
-        if len(x) != rows[self.rank]:
-            raise ValueError(f"all_gather: this rank's shard has {len(x)} rows, not {rows[self.rank]}")
-        width = math.prod(rest)
-        self.traffic.count("all_gather", (self.size - 1) * x.nbytes)
-        pending = self._all_gather(_flat(x), [n * width for n in rows])
-        return _then(pending, lambda y: y.reshape(sum(rows), *rest))
-
-    def reduce_scatter_v(self, x: Array, rows: Sequence[int]) -> Pending:
-        rest = x.shape[1:]
-        width = math.prod(rest)
-        self.traffic.count("reduce_scatter", (x.size - rows[self.rank] * width) * self._summed(x))
-        pending = self._reduce_scatter(_flat(x), [n * width for n in rows])
-        return _then(pending, lambda y: y.reshape(rows[self.rank], *rest))
-
-    def all_to_all_v(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Pending:
-        rest = x.shape[1:]
-        width = math.prod(rest)
-        self.traffic.count("all_to_all", x.nbytes - sent[self.rank] * width * x.itemsize)
-        pending = self._all_to_all(_flat(x), [n * width for n in sent], [n * width for n in received])
-        return _then(pending, lambda y: y.reshape(sum(received), *rest))
-
-    def _summed(self, x: Array) -> int:
-        """Bytes of an element in the messages of a sum."""
-        return int(x.itemsize)
-
-    @abstractmethod
-    def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending: ...
-
-    @abstractmethod
-    def _broadcast(self, x: Array, root: int) -> Pending: ...
-
-    @abstractmethod
-    def _send(self, x: Array, peer: int, tag: int) -> Pending: ...
-
-    @abstractmethod
-    def _all_gather(self, x: Array, counts: list[int]) -> Pending: ...
-
-    @abstractmethod
-    def _reduce_scatter(self, x: Array, counts: list[int]) -> Pending: ...
-
-    @abstractmethod
-    def _all_to_all(self, x: Array, sent: list[int], received: list[int]) -> Pending: ...
-
-
-def _flat(x: Array) -> Array:
-    return array_module(x).ascontiguousarray(x).reshape(-1)
-
-
-def _then(pending: Pending, finish: Callable[[Array], Array]) -> Pending:
-    """``pending`` with one more step after those it has."""
-    first = pending.finish
-    pending.finish = finish if first is None else lambda y: finish(first(y))
-    return pending

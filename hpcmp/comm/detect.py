@@ -5,78 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..batch import Launcher as Launcher
+from ..batch import launcher as launcher
 from ..errors import InputError
 from ..process import cores as cores
 from ..process import loaded, threads
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What started this process as one of ``size``; on its host it is ``local_rank`` of ``local_size``, where known."""
-
-    name: str
-    rank: int
-    size: int
-    local_rank: int | None = None
-    local_size: int | None = None
-
-    @property
-    def ends_job(self) -> bool:
-        """Whether the first process that exits with an error is the end of the others, MPI or no MPI."""
-        return self.name == "Open MPI"
-
-
-# The variables for rank, size, local rank and local size, and one more that must be set. The order matters: a launcher
-# that runs inside another's job step inherits the other's variables, and several set PMI_RANK.
-_LAUNCHERS = (
-    (
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "",
-    ),
-    ("MPICH Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_STEP_ID"),
-    ("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", ""),
-    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE", ""),
-    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", ""),
-    ("a PMI launcher", "PMI_RANK", "PMI_SIZE", "", "", ""),
-)
-
-
-def launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """The launcher of this process by its environment, or None for a process that was started alone."""
-    for name, rank, size, local_rank, local_size, mark in _LAUNCHERS:
-        numbers = [_number(environ.get(variable)) for variable in (rank, size, local_rank, local_size)]
-        if numbers[0] is None or numbers[1] is None or (mark and mark not in environ):
-            continue
-        if name == "srun":
-            numbers[3] = _srun_local_size(environ)
-        return Launcher(name, numbers[0], numbers[1], numbers[2], numbers[3])
-    return None
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() else None
-
-
-def _srun_local_size(environ: Mapping[str, str]) -> int | None:
-    """This node's entry of SLURM_STEP_TASKS_PER_NODE, such as ``4(x2),3``: two nodes with 4 tasks, then one with 3."""
-    tasks: list[int] = []
-    for item in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
-        tasks += [int(match[1])] * int(match[2] or 1) if match else []
-    node = _number(environ.get("SLURM_NODEID"))
-    return tasks[node] if node is not None and node < len(tasks) else None
 
 
 def start_mpi() -> Any:
@@ -96,11 +35,23 @@ def start_mpi() -> Any:
             raise InputError(wrong)
         if (library := mpi_library()) is not None and library.is_relative_to(sys.prefix):
             os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # PyPI's writes an error for every window that is made
+        _choose_sums(os.environ)
         with _alone():
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
     if wrong := wrong_mpiexec(MPI.COMM_WORLD.size):
         raise InputError(wrong)
     return MPI
+
+
+def _choose_sums(environ: MutableMapping[str, str]) -> None:
+    """Between hosts, have Open MPI's nonblocking sums go by halving and doubling (Rabenseifner's algorithm).
+
+    By itself it sends those in place, and those of less than four ranks, up and down a binomial tree, whole: on four
+    hosts that takes three times as long (docs/topology.md). Within a host short messages are faster by the tree.
+    """
+    started = launcher(environ)
+    if started and started.local_size and started.local_size < started.size:
+        environ.setdefault("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")
 
 
 @contextlib.contextmanager
@@ -123,6 +74,9 @@ def wrong_mpiexec(world_size: int) -> str | None:
     That is what the mpiexec of another MPI leads to: N runs of one rank, which overwrite each other's files.
     """
     started = launcher()
+    if started is None and world_size == 1 and os.environ.get("PMIX_RANK", "0") not in ("", "0"):
+        # PMIx alone tells no size: the other processes of the job know, the first cannot.
+        return f"PMIx started this process as rank {os.environ['PMIX_RANK']}, and MPI sees a job of 1: {_start_with()}"
     if started is None or started.size == 1 or world_size != 1:
         return None
     if started.name == "srun":

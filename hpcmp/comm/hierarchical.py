@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, cast
 
 from .. import partition
 from ..arrays import Array, is_half, wide
-from .base import DRIVERS, Op, Pending, _then
+from .base import DRIVERS, Op, Pending
+from .layouts import _then
 from .mpi import MpiCommunicator, _into
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ class HierarchicalCommunicator(MpiCommunicator):
         self.across = MpiCommunicator(_split(comm, min(place, self.parts)))
         self.holds = place < self.parts
         for phase in (self.inside, self.across, self.again):
-            phase.traffic = self.traffic
+            phase.traffic, phase.flight = self.traffic, None
         self.sums: list[_Sum] = []
 
     def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
         if op != "sum" or x.size * self._summed(x) < self.least:
             return super().all_reduce(x, op, out)
+        return self._start("all_reduce", x, x.size, None, None, self._in_phases, x, out)
+
+    def _in_phases(self, x: Array, out: Array | None) -> Pending:
         if is_half(x.dtype):
-            whole = self.all_reduce(x.astype(wide(x.dtype)))
+            whole = self._in_phases(x.astype(wide(x.dtype)), None)
             return _then(whole, lambda y: _into(out, y.astype(x.dtype)))
         send = self.transport.outgoing(x)
         started = _Sum(self, send.reshape(-1))

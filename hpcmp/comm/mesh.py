@@ -11,12 +11,15 @@ import numpy as np
 
 from .base import Communicator, Solo
 from .fit import check_cuts, check_size, divisors
+from .layouts import Layouts
+from .recorder import Flight
 from .topology import Topology, find
 from .traffic import Traffic
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .check import Check
     from .mpi import MpiCommunicator
 
 #: The axes over which parameters are alike, and data differ: replicas, parts of the sequence, the z axis of a 3-D grid.
@@ -55,7 +58,7 @@ class Mesh:
     ranks first (``hierarchical.py``): "auto" where several of a node's ranks are in a group of several nodes.
     shared_memory: whether ranks of one node exchange host arrays through memory that they share (``window.py``), of
     which each has ``window_mb`` MiB in each group: "auto" where that is faster than MPI and there is a core for every
-    rank; "yes" always.
+    rank; "yes" always. check: whether ranks compare each collective before it starts (``check.py``).
     Raises InputError for sizes that do not fit the ranks or one another.
     """
 
@@ -81,6 +84,7 @@ class Mesh:
         hierarchical: Literal["auto", "yes", "no"] = "auto",
         shared_memory: Literal["auto", "yes", "no"] = "auto",
         window_mb: float = 6,
+        check: bool = False,
     ) -> None:
         self.shape = {"dp": dp, "pp": pp, "cp": cp, "tp_z": tp_z, "tp_y": tp_y, "tp": tp}
         self.size = math.prod(self.shape.values())
@@ -99,6 +103,10 @@ class Mesh:
         if comm is not None:
             self.comm = cast("MPI.Intracomm", comm.Split(0, found.order.index(comm.rank)))
         self.rank = 0 if self.comm is None else self.comm.rank
+        #: The numbers of all ranks in MPI's world, those that mpirun and srun go by.
+        self.launched = [0] if self.comm is None else _launched(self.comm)
+        self.flight = Flight("all", self.launched)
+        self._checks: list[Check] | None = [] if check else None
         self._window = self._within(shared_memory, int(window_mb * 2**20))
         self._places = self.place(np.arange(self.size))
         self._groups: dict[frozenset[str], Communicator] = {}
@@ -149,7 +157,7 @@ class Mesh:
     def __getitem__(self, axes: str | tuple[str, ...]) -> Communicator:
         names = frozenset((axes,) if isinstance(axes, str) else axes)
         if names not in self._groups:
-            self._groups[names] = self._make(self.members(names))
+            self._groups[names] = self._make(names, self.members(names))
         return self._groups[names]
 
     def members(self, axes: frozenset[str]) -> list[int]:
@@ -183,13 +191,21 @@ class Mesh:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small Python objects of every rank, in order (control plane: sizes, digests, error texts; never arrays)."""
-        return [value] if self.comm is None else self.comm.allgather(value)
+        if self.comm is None:
+            return [value]
+        with self.flight.blocking("gather_objects"):
+            return self.comm.allgather(value)
 
     def close(self) -> None:
         """Free every communicator that the mesh made; collective."""
         for group in self._groups.values():
             group.close()
+            if isinstance(group, Layouts) and group.flight:
+                group.flight.close()
         self._groups.clear()
+        for check in self._checks or ():
+            check.close()
+        self.flight.close()
         if self.comm is not None:
             self.comm.Free()
             self.comm = None
@@ -201,9 +217,23 @@ class Mesh:
         if exc[0] is None:  # freeing is collective: after an error the other ranks may not come
             self.close()
 
-    def _make(self, ranks: list[int]) -> Communicator:
+    def _make(self, names: frozenset[str], ranks: list[int]) -> Communicator:
         if len(ranks) == 1 or self.comm is None:
             return Solo()
+        axes = ", ".join(axis for axis in _NAMES if axis in names)
+        flight = Flight(axes, [self.launched[rank] for rank in ranks], begun=-1)  # its making is its number 0
+        with flight.blocking("the making"):
+            made = self._communicator(ranks)
+            made.flight = flight
+            if self._checks is not None:
+                from .check import Check
+
+                made.check = Check(made.duplicate())
+                self._checks.append(made.check)
+        return made
+
+    def _communicator(self, ranks: list[int]) -> Layouts:
+        assert self.comm is not None
         from .hierarchical import LEAST, HierarchicalCommunicator, worthwhile
         from .mpi import MpiCommunicator
 
@@ -239,3 +269,10 @@ class Mesh:
 _CUTS = (DATA, ("dp", "ring", "ulysses", "tp_z"), ("edp", "ep"), ("copy", "shard"), ("ecopy", "eshard", "ep"))
 _OTHERS = ("pp", "tp_y", "tp")
 _NAMES = tuple(dict.fromkeys((*Mesh.axes, "ends", *(axis for cut in _CUTS for axis in cut))))
+
+
+def _launched(comm: MPI.Intracomm) -> list[int]:
+    from mpi4py import MPI
+
+    found = comm.group.Translate_ranks(None, MPI.COMM_WORLD.group)
+    return list(range(comm.size)) if MPI.UNDEFINED in found else [int(rank) for rank in found]

@@ -13,7 +13,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays import Array, array_module, is_half, wide
-from .base import Layouts, Op, Pending, _then
+from .base import Op, Pending
+from .layouts import Layouts, _then
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX}
 _TAG = 32767  # of all_to_all's messages: the largest that every MPI has, left to it by the callers of send and recv
@@ -118,12 +119,15 @@ class MpiCommunicator(Layouts):
         requests = [self.comm.Isend(flat[a:b], peer, tag) for a, b in self._pieces(flat.size)]
         return Pending(x, requests, None, buffer)
 
-    def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
+    def _recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, like: Array) -> Pending:
         move = self.transport
         buffer = move.incoming(shape, dtype, like)
         flat = bits(buffer.reshape(-1))
         requests = [self.comm.Irecv(flat[a:b], peer, tag) for a, b in self._pieces(flat.size)]
         return Pending(buffer, requests, lambda y: move.arrived(y, like))
+
+    def duplicate(self) -> MPI.Intracomm:
+        return self.comm.Dup()
 
     def close(self) -> None:
         self.comm.Free()

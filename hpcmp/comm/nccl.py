@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays import Array, array_module
 from ..errors import HpcmpError, InputError
-from .base import Layouts, Op, Pending
+from .base import Op, Pending
+from .layouts import Layouts
 from .mpi import MpiCommunicator
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 LaneName = tuple[str, int]
 Call = tuple[int, Callable[[int], None]]  # how many elements it moves, and the call itself, given the stream's pointer
@@ -158,13 +162,22 @@ class NcclCommunicator(Layouts):
         call = partial(lane.nccl.send, self._at(buffer), x.size, self._type(x), peer)
         return lane.start([(x.size, call)], x, buffer)
 
-    def recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int = 0, *, like: Array) -> Pending:
+    def _recv(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, like: Array) -> Pending:
         if not self.library.on_device(like):
-            return self.control.recv(shape, dtype, peer, tag, like=like)
+            return self.control._recv(shape, dtype, peer, tag, like)
         lane = self._lane(message_lane(peer, self.rank, tag))
         buffer = array_module(like).empty(shape, dtype)
         call = partial(lane.nccl.recv, self._at(buffer), buffer.size, self._type(buffer), peer)
         return lane.start([(buffer.size, call)], buffer)
+
+    def duplicate(self) -> MPI.Intracomm:
+        return self.control.duplicate()
+
+    def _start(self, *call: Any) -> Pending:
+        return _watched(super()._start(*call))
+
+    def _message(self, *call: Any) -> Pending:
+        return _watched(super()._message(*call))
 
     def close(self) -> None:
         for lane in self._lanes.values():
@@ -247,6 +260,13 @@ def message_lanes(size: int) -> list[LaneName]:
 def shards(counts: list[int]) -> list[tuple[int, int, int]]:
     """(rank, count, offset) of every rank's shard, one after the other in a flat array."""
     return list(zip(range(len(counts)), counts, accumulate(counts, initial=0), strict=False))
+
+
+def _watched(pending: Pending) -> Pending:
+    """``pending``, whose record goes by its event: ``wait`` returns before it is there."""
+    if pending.record is not None and pending.requests and isinstance(pending.requests[0], Done):
+        pending.record.event = pending.requests[0]
+    return pending
 
 
 def _fill(target: Array, y: Array) -> Array:

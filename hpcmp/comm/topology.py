@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..batch import switches_above as switches_above
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -104,12 +105,3 @@ def of_keys(ranks: Sequence[tuple[int, str, str]]) -> Topology:
     named = {node: (name, switch) for node, name, switch in reversed(ranks)}
     names, switches = zip(*(named[node] for node in number), strict=True)
     return Topology(tuple(number[node] for node, _, _ in ranks), names, switches)
-
-
-def switches_above(environ: Mapping[str, str]) -> str:
-    """The switches above this node, from SLURM_TOPOLOGY_ADDR (``core.leaf3.node17``, where Slurm knows the network)."""
-    pattern = environ.get("SLURM_TOPOLOGY_ADDR_PATTERN", "").split(".")
-    address = environ.get("SLURM_TOPOLOGY_ADDR", "").split(".")
-    if len(pattern) != len(address):
-        return ""
-    return ".".join(name for kind, name in zip(pattern, address, strict=True) if kind == "switch")

@@ -52,11 +52,16 @@ class Column:
             self.size = int(self._dataset.shape[0])
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Elements ``start`` to ``stop``, which are there; nothing else is read but the chunks that they lie in."""
+        """Elements ``start`` to ``stop``, which are there; nothing else is read but the chunks that they lie in.
+        Refused if the file was written to after it was opened: what is read would be of neither of two files."""
         with self._file.at(f"{self._name}[{start}:{stop}]"):
             if self._dataset.chunks:
-                return chunks.read(self._dataset, start, stop, self._file.plain)
-            return np.asarray(self._dataset[start:stop])
+                found = chunks.read(self._dataset, start, stop, self._file.plain)
+            else:
+                found = np.asarray(self._dataset[start:stop])
+            if self._file.plain.changed:
+                raise ValueError("the file has been changed since it was opened")
+            return found
 
     def text(self, key: str) -> str:
         """An attribute of the column."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -75,6 +75,8 @@ class Buckets:
                 self._held.setdefault(id(holder), []).append(place[id(p)])
         self._flying: deque[Bucket] = deque()  # scattered, and not collected yet
         self._moving: dict[Bucket, None] = {}  # sent in this step, in order
+        #: Called, if it is set, with a bucket whose ``full`` holds this rank's own part, which is about to be summed.
+        self.before_sum: Callable[[Bucket], None] | None = None
         if zero == 3:
             gather_units(stages, place)
         self.zero()
@@ -118,7 +120,7 @@ class Buckets:
         for bucket in self.buckets:
             if bucket.pending is None:
                 if bucket.missing:
-                    bucket.scatter()
+                    self._scatter(bucket)
                     bucket.collect()
                 bucket.start()
         for bucket in self.buckets:
@@ -164,11 +166,16 @@ class Buckets:
 
     def _send(self, bucket: Bucket) -> None:
         """Begin the sum of a bucket, and end those of buckets long under way, in the same order on every rank."""
-        bucket.scatter()
+        self._scatter(bucket)
         self._flying.append(bucket)
         self._moving[bucket] = None
         while len(self._flying) > _FLYING[self.zero_stage]:
             self._receive(self._flying.popleft())
+
+    def _scatter(self, bucket: Bucket) -> None:
+        if self.before_sum is not None:
+            self.before_sum(bucket)
+        bucket.scatter()
 
     def _receive(self, bucket: Bucket) -> None:
         bucket.collect()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels, partition
-from ..arrays import dtype_of, module_for, to_host
+from ..arrays import Array, dtype_of, module_for, to_host
 from ..comm.base import Communicator
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
@@ -31,8 +31,10 @@ from ..parallel.pipeline import Microbatch, Pipeline
 from ..parallel.schedules import Schedule
 from ..process import keep_memory
 from ..recompute import recompute
+from . import nonfinite
 from .config import Config, Layout
 from .measure import measure, measured_stages
+from .phases import Phases
 from .scaler import LossScale
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Result:
     """What a step did, the same on every rank: the mean loss in nats a token, the gradient's norm before clipping, the
-    learning rate, whether any rank asked to stop, and whether the step was skipped since float16 overflowed.
+    learning rate, whether any rank asked to stop, and whether the step was skipped since float16 overflowed; whether
+    any rank asked for a word of all; and if the loss or norm is not finite for another reason, which and where: nothing
+    was changed then.
 
     Of the routers of experts, means over their layers, no part of ``loss``: their losses ``balance`` and ``z``, before
     their weights, and ``dropped``, the share of the choices that were beyond the capacity; zero without experts."""
@@ -55,6 +59,8 @@ class Result:
     balance: float = 0.0
     z: float = 0.0
     dropped: float = 0.0
+    tell: bool = False
+    trouble: str = ""
 
 
 class Engine:
@@ -73,7 +79,7 @@ class Engine:
         blas.select(train.blas)
         kernels.use(train.kernels)
         keep_memory()
-        self.cursor = Cursor(train.seed)
+        self.cursor, self.phases = Cursor(train.seed), Phases()
         self.parallel = ModelParallel(
             mesh["tp"],
             self.cursor,
@@ -125,7 +131,7 @@ class Engine:
         return -(-samples // size)
 
     def step(
-        self, step: int, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], stop: bool = False
+        self, step: int, inputs: Array, targets: Array, samples: Array, *, stop: bool = False, tell: bool = False
     ) -> Result:
         """Optimizer step number ``step`` on a global batch, of which this replica passes its ``share``.
 
@@ -133,23 +139,40 @@ class Engine:
         over all positions of the global batch, the gradient that of this mean. Collective over the mesh.
         """
         o = self.config.optimizer
+        scale = 1 / (self.config.train.batch * inputs.shape[0])
+        self.phases.steps += 1
+        with self.phases("compute"):
+            mine = self._gradient(step, inputs, targets, samples) * scale
+            routers = [self.cursor.losses.get(name, 0.0) for name in LOSSES]
+            loss, stops, tells, balance, z, choices, dropped = self._sum(mine, float(stop), float(tell), *routers)
+        assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
+        rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
+        with self.phases("checkpoint"):
+            self.before_update()
+        with self.phases("optimizer"):
+            if math.isfinite(loss):
+                norm = self.optimizer.step(rate, scale=self.loss_scale.scale)
+            else:
+                norm = self.buckets.norm() / self.loss_scale.scale
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        skipped, trouble = self.loss_scale.update(finite), ""
+        if not (finite or skipped):
+            where = nonfinite.find(self, mine, lambda: self._gradient(step, inputs, targets, samples))
+            trouble = f"loss {loss}, gradient norm {norm}; {where}"
+        mean = scale / max(1, self.architecture.expert_layers)
+        dropped /= max(1, choices)
+        return Result(loss, norm, rate, stops > 0, skipped, balance * mean, z * mean, dropped, tells > 0, trouble)
+
+    def _gradient(self, step: int, inputs: Array, targets: Array, samples: Array) -> float:
+        """Leave the gradient of the global batch in the buckets; returns this rank's part of the sum of losses."""
         self.buckets.zero()
         self.cursor.losses.clear()
-        scale = 1 / (self.config.train.batch * inputs.shape[0])
-        weight = self.loss_scale.scale * scale
+        weight = self.loss_scale.scale * (1 / (self.config.train.batch * inputs.shape[0]))
         quiet: Any = "ignore" if self.loss_scale.dynamic else None  # an overflow is no news: the norm tells
         with np.errstate(over=quiet, invalid=quiet):
             total = self.pipeline.step(self._cut(step, inputs, targets, samples, weight), weight, self.buckets)
         self.buckets.finish()
-        assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
-        rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
-        self.before_update()
-        norm = self.optimizer.step(rate, scale=self.loss_scale.scale)
-        skipped = self.loss_scale.update(math.isfinite(norm))
-        routers = [self.cursor.losses.get(name, 0.0) for name in LOSSES]
-        loss, stops, balance, z, choices, dropped = self._sum(self._mine(total) * scale, float(stop), *routers)
-        mean = scale / max(1, self.architecture.expert_layers)
-        return Result(loss, norm, rate, stops > 0, skipped, balance * mean, z * mean, dropped / max(1, choices))
+        return self._mine(total)
 
     def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
         """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
@@ -244,6 +267,7 @@ def mesh_for(config: Config, comm: MPI.Intracomm | None) -> Mesh:
         hierarchical=communication.hierarchical,
         shared_memory=communication.shared_memory,
         window_mb=communication.window_mb,
+        check=config.train.check_collectives,
         **axes,
     )
 

@@ -1,56 +1,50 @@
-"""What a run tells: a line of JSON a step in ``metrics.jsonl``, a line of the log every few seconds, a plot."""
+"""What a run tells: a line of JSON a step in ``metrics.jsonl``, and a line of the log every few seconds."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ..arrays import to_host, wide
 from ..kernels.blas import gemm
+from .layout import short
+from .records import Records
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 log = logging.getLogger("hpcmp")
 
 
-class Metrics:
-    """Appends records to ``directory/metrics.jsonl``; a full or read-only disk costs the records, never the run."""
+class Metrics(Records):
+    """The records of ``directory/metrics.jsonl``."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "metrics.jsonl"
-        self.failed = False
-
-    def write(self, record: dict[str, Any]) -> None:
-        """One record, on one line."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            if not self.failed:
-                log.warning("%s: %s; training goes on without metrics", self.path, error.strerror or error)
-            self.failed = True
+        super().__init__(directory / "metrics.jsonl")
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps from ``step`` on, which a resumed run takes again."""
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in lines if _step(line) < step]
-            if len(kept) != len(lines):
-                self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        except OSError as error:
-            log.warning("%s: %s", self.path, error.strerror or error)
+        """Drop the records of steps from ``step`` on, which a resumed run takes again, and lines that were cut off."""
+        self.keep(lambda record: isinstance(record.get("step"), int | float) and record["step"] < step)
 
 
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that was cut off
+def greet(engine: Engine) -> None:
+    """Say what is trained, on which ranks."""
+    c, mesh = engine.config, engine.mesh
+    log.info(
+        "%s: %s parameters, %d layers; %d ranks as %s; batch %d x %d tokens in %d microbatches",
+        *(c.model.style, f"{engine.architecture.parameters:,}", c.model.layers, mesh.size),
+        *(short(c.layout), c.train.batch, c.model.sequence, engine.microbatches()),
+    )
+    if mesh.size > 1:
+        log.info("%s", mesh.describe())
+    if advice := mesh.advice():
+        log.warning("%s", advice)
 
 
 class Progress:
@@ -66,11 +60,13 @@ class Progress:
         per_second = steps * self.tokens / seconds if seconds > 0 else 0.0
         return per_second, per_second * self.flops / self.peak if self.peak else 0.0
 
-    def after(self, step: int, loss: float, norm: float) -> None:
-        """Say so if it is time; ``step`` steps are done."""
+    def due(self, step: int) -> bool:
+        """Whether it is time for a line after ``step`` steps."""
+        return time.perf_counter() - self.said >= self.seconds or step == self.steps
+
+    def tell(self, step: int, loss: float, norm: float) -> None:
+        """Say how it goes; ``step`` steps are done."""
         now = time.perf_counter()
-        if step == self.last or (now - self.said < self.seconds and step != self.steps):
-            return
         per_second, share = self.rates(step - self.last, now - self.said)
         left = (self.steps - step) * (now - self.said) / (step - self.last)
         log.info(
@@ -102,23 +98,3 @@ def peak_flops(xp: ModuleType, dtype: DTypeLike) -> float:
         to_host(out[0, :1])  # waits for the device
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
-
-
-def plot(path: Path, output: Path) -> None:
-    """Draw the loss of ``metrics.jsonl`` over the tokens seen, as a PNG. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
-        points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, style, label=label, linewidth=1 if key == "loss" else 2, markersize=4)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.3)
-    if records:
-        axes.legend()
-    figure.savefig(output, dpi=120)

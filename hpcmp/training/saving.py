@@ -32,7 +32,8 @@ class Saving:
     last: (step, path) of the newest that is committed; None if there is none. behind: whether those on the way are
     written while the training goes on (``checkpoint.asynchronous``). tier: of checkpoints on the nodes (
     ``checkpoint.local``), or None. facts: given whether what is saved is ranked by its loss, gives
-    what else the state holds. All methods but ``abandon`` are collective.
+    what else the state holds. held, slowest: the seconds that all saves have held up the steps, and that the longest of
+    them took, 0 before the first. All methods but ``abandon`` are collective.
     """
 
     def __init__(self, engine: Engine, inputs: Inputs, config: Config, root: Path, metrics: Metrics) -> None:
@@ -49,6 +50,7 @@ class Saving:
             self.tier = open_tier(c.local, root, engine.mesh, fresh=not c.resume)
         self.behind = c.asynchronous and c.storage != "mpio"
         self._pressed = False
+        self.held = self.slowest = 0.0
         if self.behind:
             self.saver.prepare(self._slabs())
         engine.before_update = self.saver.settle
@@ -148,6 +150,7 @@ class Saving:
 
     def _tell(self, done: Saved) -> Path:
         self.last = done.step, done.path
+        self.held, self.slowest = self.held + done.held, max(self.slowest, done.seconds)
         if self.logs:
             train = self.config.train
             tokens = done.step * train.batch * self.config.model.sequence

@@ -103,6 +103,21 @@ class Train(Section):
         "auto", "loops on the CPU; `auto`: compiled by Numba where it is installed; `reference`: NumPy's"
     )
     minutes: float | None = option(None, "save and stop after so long", POSITIVE)
+    nan: Literal["stop", "skip"] = option("stop", "what a step does whose loss or gradient is not finite")
+    nan_limit: int = option(10, "with `skip`: most of such steps in a row", SIZE)
+    replica_check: int | None = option(
+        None, "steps between comparisons of replicas, made before each save too; ones that differ end the run", SIZE
+    )
+    watchdog: float = option(
+        600.0, "seconds that a rank may wait in one collective until the job ends with a diagnosis; 0: for ever", COUNT
+    )
+    check_collectives: bool = option(
+        False, "compare every collective between ranks before it starts: slow; finds ranks that call different ones"
+    )
+    margin: float = option(
+        60.0, "seconds to spare before the job's time limit, besides what a step and a save are measured to take", COUNT
+    )
+    requeue: bool = option(False, "have the job run again when it stops at a time limit or by SIGUSR1 (docs/batch.md)")
 
 
 @dataclass(frozen=True)
@@ -191,3 +206,4 @@ class Run(Section):
     evaluate_every: int | None = option(None, "steps between evaluations on held-out samples", SIZE)
     evaluate_samples: int = option(16, "held-out samples", SIZE)
     plot: bool = option(False, "draw the loss at the end (needs matplotlib)")
+    rank_logs: bool = option(False, "write each rank's own log to `logs/` in the directory")

@@ -10,22 +10,30 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..checkpoint import checkpoints, open_checkpoint, tier
 from ..checkpoint.agree import agreed
 from ..errors import CheckpointError, HpcmpError, InputError
+from .alike import check_alike, check_data
 from .config import Config
 from .directories import Directories
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
-from .layout import short
+from .limits import Limits
+from .manifest import begin
 from .measure import measured_before
-from .metrics import Metrics, Progress, peak_flops, plot
+from .metrics import Metrics, greet
+from .nonfinite import Patience
+from .plots import plotted
+from .ranklogs import RankLog
+from .replicas import ReplicaError, check_replicas
 from .saving import Saving
 from .state import begin_anew, check_same_model, load_initial, resume
+from .telling import Telling
+from .watchdog import watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -46,19 +54,23 @@ class Trainer:
     """
 
     def __init__(self, config: Config, comm: MPI.Intracomm | None = None) -> None:
+        check_alike(config, comm)
         self.config = config.resolved(ranks=1 if comm is None else comm.size)
         self.mesh = mesh_for(self.config, comm)
         with self._agreed():
             self.inputs = Inputs(self.config, self.mesh)
             self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
             self._check()
+        check_data(self.inputs, self.mesh)
         self.directories = Directories(self.config, self.mesh)
         self.directory, self.checkpoints = self.directories.run, self.directories.checkpoints
         self.metrics = Metrics(self.directory)
+        self.rank_log = RankLog(self.directory, self.mesh.rank) if self.config.run.rank_logs else None
+        self.watchdog = watch(self.directory, self.mesh, self.config.train.watchdog)
         try:
             self._build()
         except BaseException:
-            self.directories.close()
+            self._unlock()
             raise
 
     def _build(self) -> None:
@@ -69,12 +81,9 @@ class Trainer:
         self.config = measured_before(self.config, self.mesh, self.directory / "config.toml" if again else None)
         self.engine = Engine(self.config, self.mesh)
         self.config = self.engine.config
-        if self.logs:
-            (self.directory / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
         self.step = 0
         self.reason = "finished"
-        self._stop = False
-        self._began = time.perf_counter()
+        self._stop = self._final = False
         self.saving = Saving(self.engine, self.inputs, self.config, self.checkpoints, self.metrics)
         self._evaluated: tuple[int, float] | None = None
         self.run = self.mesh.gather_objects(secrets.token_hex(8))[0]
@@ -82,12 +91,10 @@ class Trainer:
         resumed = self.config.checkpoint.resume and self._resume()
         if not resumed and self.config.checkpoint.initial:
             load_initial(self.config.checkpoint.initial, self.engine, self.inputs.tokenizer)
-        if self.logs:
-            self.metrics.forget_after(self.step)
-        peak = sum(self.mesh.gather_objects(peak_flops(self.engine.xp, self.engine.dtype)))
-        flops = self.engine.architecture.flops_per_token(self.config.model.sequence)
-        self.tokens = train.batch * self.config.model.sequence
-        self.progress = Progress(train.steps, self.tokens, flops, peak, self.config.run.log_seconds, self.step)
+        self.limits = Limits(self.config, self.saving, self.directory, self.step)
+        begin(self.config, self.mesh, self.inputs, self.directory, self.run, self.step)
+        self.telling = Telling(self.engine, self.metrics, self.step)
+        self.patience = Patience(train.nan, train.nan_limit)
 
     @property
     def logs(self) -> bool:
@@ -105,66 +112,97 @@ class Trainer:
                 self.saving.abandon()
         finally:
             self.inputs.close()
-            self.directories.close()
+            self._unlock()
         if exc[0] is None:  # freeing is collective: after an error the other ranks may not come
             self.mesh.close()
 
-    def request_stop(self, reason: str = "asked to stop") -> None:
-        """Stop after the step at hand, with a checkpoint: all ranks agree. Safe in a signal handler."""
-        self.reason, self._stop = reason, True
+    def _unlock(self) -> None:
+        """This rank writes no more in the run's directories, and may end."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if self.rank_log is not None:
+            self.rank_log.close()
+        self.directories.close()
+
+    def request_stop(self, reason: str = "asked to stop", requeue: bool = False) -> None:
+        """Stop after the step at hand, with a checkpoint: all ranks agree. Safe in a signal handler.
+
+        requeue: with ``train.requeue`` the job is to be run again, unless somebody else asked to stop for good.
+        """
+        self.reason, self._stop, self._final = reason, True, self._final or not requeue
 
     def __iter__(self) -> Iterator[Result]:
         """Step to ``train.steps``, or until a stop is asked for; evaluate and save on the way as configured."""
         c = self.config
         while self.step < c.train.steps:
-            limit = c.train.minutes
-            if limit is not None and time.perf_counter() - self._began > 60 * limit:
-                self.request_stop(f"train.minutes = {limit:g} are over")
+            if reason := self.limits.over(self.step):
+                self.request_stop(reason, requeue=True)
             if self.directories.lost:
                 self.request_stop(self.directories.lost)
-            start = time.perf_counter()
-            result = self.engine.step(self.step, *self.inputs.train.next(), stop=self._stop)
-            if not math.isfinite(result.norm) and not result.skipped:
-                self.saving.finish()
-                told = f"loss {result.loss}, gradient norm {result.norm}"
-                raise HpcmpError(f"step {self.step}: {told}; {self.saving.last_known()}")
+            start, phases = time.perf_counter(), self.engine.phases
+            with phases("data"):
+                batch = self.inputs.train.next()
+            result = self.engine.step(self.step, *batch, stop=self._stop, tell=self.telling.due(self.step + 1))
+            if error := self.patience.after(self.step, result):
+                self._end(error)
             self.step += 1
-            self._record(result, time.perf_counter() - start)
-            self.saving.poll()
+            self.telling.after(self.step, result, time.perf_counter() - start)
+            with phases("checkpoint"):
+                self.saving.poll()
+                if c.train.replica_check and self.step % c.train.replica_check == 0:
+                    self._check_replicas()
             if c.run.evaluate_every and self.step % c.run.evaluate_every == 0:
                 self.evaluate()
-            if c.checkpoint.every and self.step % c.checkpoint.every == 0:
-                self._save_if_possible()
-            elif c.checkpoint.local_every and self.step % c.checkpoint.local_every == 0:
-                self.saving.local(self.step)
+            with phases("checkpoint"):
+                if c.checkpoint.every and self.step % c.checkpoint.every == 0:
+                    self._save_if_possible()
+                elif c.checkpoint.local_every and self.step % c.checkpoint.local_every == 0:
+                    self.saving.local(self.step)
             yield result
             if result.stop:
-                self.reason = self._why()
+                self._agree()
                 break
         self.saving.finish()
 
-    def _why(self) -> str:
-        """Why the run stops: the reason of the first rank that asked for it."""
-        reasons = self.mesh.gather_objects(self.reason if self._stop else "")
-        return next((reason for reason in reasons if reason), "asked to stop")
+    def _check_replicas(self) -> None:
+        try:
+            check_replicas(self.engine, self.step)
+        except ReplicaError as error:
+            self._end(error)
+
+    def _end(self, error: HpcmpError) -> NoReturn:
+        """End the run with ``error``, once the save behind the steps is committed: it holds a step before."""
+        self.saving.finish()
+        raise HpcmpError(f"{error}; {self.saving.last_known()}") from None
+
+    def _agree(self) -> None:
+        """Why the run stops: the reason of the first rank that asked for it; and whether it does so for good."""
+        reasons = self.mesh.gather_objects((self.reason, self._final) if self._stop else ("", False))
+        self.reason = next((reason for reason, _ in reasons if reason), "asked to stop")
+        self._final = any(final for _, final in reasons)
 
     def train(self) -> dict[str, Any]:
         """Run to the end, save, evaluate, and return the summary."""
-        self._say_hello()
+        if self.logs:
+            greet(self.engine)
         loss, first = math.nan, self.step
         for result in self:
             loss = result.loss
-        held_out = self.evaluate()
+        finished = self.step >= self.config.train.steps
+        held_out = self.evaluate() if finished else None  # one that has to end has no time for it
         if self.saving.last is None or self.saving.last[0] != self.step:
             self.save()
         self.saving.forget_local()
-        seconds = time.perf_counter() - self.progress.began
-        per_second, share = self.progress.rates(self.step - first, seconds)
+        again = self.limits.again(self.step, wanted=not (finished or self._final))
+        seconds = time.perf_counter() - self.telling.progress.began
+        per_second, share = self.telling.progress.rates(self.step - first, seconds)
         summary = {
             "step": self.step,
             "steps": self.config.train.steps,
-            "finished": self.step >= self.config.train.steps,
-            "reason": "finished" if self.step >= self.config.train.steps else self.reason,
+            "finished": finished,
+            "reason": "finished" if finished else self.reason,
+            "requeue": again.command,
+            "stuck": again.stuck,
             "loss": loss if math.isfinite(loss) else None,
             "held_out_loss": held_out,
             "seconds": seconds,
@@ -176,11 +214,7 @@ class Trainer:
             "metrics": str(self.metrics.path),
         }
         if self.config.run.plot and self.logs:
-            summary["plot"] = str(self.directory / "loss.png")
-            try:
-                plot(self.metrics.path, self.directory / "loss.png")
-            except (OSError, ValueError) as error:
-                log.warning("no plot of the loss: %s", error)
+            summary["plot"] = plotted(self.directory)
         return summary
 
     def evaluate(self) -> float | None:
@@ -198,7 +232,8 @@ class Trainer:
         loss = float(np.mean(losses))
         self._evaluated = self.step, loss
         if self.logs:
-            self.metrics.write({"step": self.step - 1, "tokens": self.step * self.tokens, "held_out": loss})
+            tokens = self.step * self.telling.tokens
+            self.metrics.write({"step": self.step - 1, "tokens": tokens, "held_out": loss})
             log.info("step %d/%d  held-out loss %.4f", self.step, self.config.train.steps, loss)
         return loss
 
@@ -208,7 +243,9 @@ class Trainer:
 
     def _facts(self, rated: bool) -> dict[str, Any]:
         """What a checkpoint of this step says besides: which run it is of, and how good it is where that is known;
-        ``rated``: where it decides what is kept, too."""
+        ``rated``: where it decides what is kept, too. Nothing is saved of replicas that differ."""
+        if self.config.train.replica_check:
+            self._check_replicas()
         if rated and self.config.checkpoint.keep_best:
             self.evaluate()
         known = self._evaluated is not None and self._evaluated[0] == self.step
@@ -256,42 +293,6 @@ class Trainer:
             self.inputs.sampler.samples = 0
             begin_anew(self.engine)
         return False
-
-    def _say_hello(self) -> None:
-        if self.logs:
-            c = self.config
-            log.info(
-                "%s: %s parameters, %d layers; %d ranks as %s; batch %d x %d tokens in %d microbatches",
-                *(c.model.style, f"{self.engine.architecture.parameters:,}", c.model.layers, self.mesh.size),
-                *(short(c.layout), c.train.batch, c.model.sequence, self.engine.microbatches()),
-            )
-            if self.mesh.size > 1:
-                log.info("%s", self.mesh.describe())
-            if advice := self.mesh.advice():
-                log.warning("%s", advice)
-
-    def _record(self, result: Result, seconds: float) -> None:
-        if not self.logs:
-            return
-        per_second, share = self.progress.rates(1, seconds)
-        routers = ("balance", "z", "dropped") if self.config.model.experts and not result.skipped else ()
-        self.metrics.write(
-            {
-                "step": self.step - 1,
-                "tokens": self.step * self.tokens,
-                "loss": result.loss if math.isfinite(result.loss) else None,  # a skipped step's may be neither
-                "norm": None if result.skipped else result.norm,
-                "rate": result.rate,
-                **{name: getattr(result, name) for name in routers},
-                "seconds": seconds,
-                "tokens_per_second": per_second,
-                "share_of_peak": share,
-            }
-        )
-        if result.skipped:
-            scale = self.engine.loss_scale.scale
-            log.info("step %d: the gradient overflows float16; skipped, the loss scale is %g now", self.step - 1, scale)
-        self.progress.after(self.step, result.loss, result.norm)
 
     def _agreed(self) -> Any:
         return agreed(self.mesh, lambda who, why: InputError(f"{who}{why}"))

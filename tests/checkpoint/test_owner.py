@@ -8,8 +8,9 @@ import os
 
 import pytest
 
+from hpcmp.batch import Job, scheduler
 from hpcmp.checkpoint import Lock, lock, owner
-from hpcmp.checkpoint.owner import Job, Owner, this_process
+from hpcmp.checkpoint.owner import Owner, this_process
 from hpcmp.errors import InUseError
 from tests.checkpoint.locks import assert_taken, elsewhere, forge, neighbour
 
@@ -33,22 +34,21 @@ def test_a_process_of_this_machine_lives_however_long_it_is_silent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("environ", "job"),
+    "job",
     [
-        ({"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "2"}, Job("Slurm", "7", "c", 2)),
-        ({"SLURM_JOB_ID": "7"}, Job("Slurm", "7")),
-        ({"PBS_JOBID": "12[3].server"}, Job("PBS", "12[3].server")),
-        ({"LSB_JOBID": "7", "LSB_JOBINDEX": "3"}, Job("LSF", "7[3]")),
-        ({"LSB_JOBID": "7", "LSB_JOBINDEX": "0"}, Job("LSF", "7")),
-        ({"FLUX_JOB_ID": "ƒ2Ab"}, Job("Flux", "ƒ2Ab")),
-        ({}, Job()),
+        Job("Slurm", "7", "c", 2, "5", "2", 4, 32),
+        Job("PBS", "12[3].server"),
+        Job("LSF", "7[3]"),
+        Job("Flux", "ƒ2Ab"),
+        Job(),
     ],
 )
-def test_the_batch_job(environ, job, tmp_path):
-    assert owner.job(environ) == job
+def test_the_batch_job(job):
     made = dataclasses.replace(this_process(), job=job)
     assert Owner.parse(made.render()) == made
     assert (f"({job.scheduler} job {job.id})" in str(made)) == bool(job.id)
+    for damaged in (job._replace(id=7), job._replace(nodes="4"), job._replace(restarts=-1)):
+        assert Owner.parse(dataclasses.replace(made, job=damaged).render()) is None
 
 
 def slurm(monkeypatch, restarts=0, cluster="alps"):
@@ -92,7 +92,7 @@ def test_the_scheduler_is_asked(tmp_path, monkeypatch, script, dead):
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{script}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.setattr(owner, "_ASKING", 0.5)
+    monkeypatch.setattr(scheduler, "_ASKING", 0.5)
     slurm(monkeypatch)
     asked, theirs = tmp_path / "asked", elsewhere(tmp_path, job=Job("Slurm", "12", "alps"))
     if dead:

@@ -1,4 +1,4 @@
-"""What the environment says of a job: launchers as they were seen or are documented, MPIs real and made up."""
+"""What the environment says of a job: MPIs real and made up."""
 
 from __future__ import annotations
 
@@ -12,32 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from hpcmp.comm import detect
-from hpcmp.comm.detect import Launcher, Share, launcher, oversubscription, wrong_mpiexec
+from hpcmp.comm.detect import Share, launcher, oversubscription, wrong_mpiexec
 from hpcmp.errors import InputError
+from tests.batch.launchers import FLUX, HYDRA, JSRUN, OPEN_MPI, PALS, SRUN
 
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_SIZE": "8",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-}
-HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "4,3",
-    "SLURM_STEP_ID": "0",
-}
-PALS = {"PALS_RANKID": "9", "PMI_RANK": "9", "PMI_SIZE": "16", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "8"}
-JSRUN = {
-    "JSM_NAMESPACE_RANK": "2",
-    "JSM_NAMESPACE_SIZE": "12",
-    "JSM_NAMESPACE_LOCAL_RANK": "2",
-    "JSM_NAMESPACE_LOCAL_SIZE": "6",
-}
-FLUX = {"FLUX_TASK_RANK": "4", "FLUX_JOB_SIZE": "6", "FLUX_TASK_LOCAL_ID": "0", "PMI_RANK": "4", "PMI_SIZE": "6"}
 VARIABLES = {name for job in (OPEN_MPI, HYDRA, SRUN, PALS, JSRUN, FLUX) for name in job}
 
 
@@ -52,31 +30,6 @@ def environment(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return enter
-
-
-@pytest.mark.parametrize(
-    ("job", "found"),
-    [
-        ({}, None),
-        (OPEN_MPI, Launcher("Open MPI", 3, 8, 1, 4)),
-        (HYDRA, Launcher("MPICH Hydra", 1, 2, 0, 1)),
-        (SRUN, Launcher("srun", 5, 7, 1, 3)),
-        (SRUN | {"SLURM_NODEID": "0"}, Launcher("srun", 5, 7, 1, 4)),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1,3(x2)", "SLURM_NODEID": "2"}, Launcher("srun", 5, 7, 1, 3)),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "rubbish"}, Launcher("srun", 5, 7, 1, None)),
-        (PALS, Launcher("PALS", 9, 16, 1, 8)),
-        (JSRUN, Launcher("jsrun", 2, 12, 2, 6)),
-        (FLUX, Launcher("Flux", 4, 6, 0, None)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Launcher("a PMI launcher", 1, 2)),
-        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, Launcher("srun", 5, 7, 1, 3)),  # srun --mpi=pmi2
-        (SRUN | OPEN_MPI, Launcher("Open MPI", 3, 8, 1, 4)),  # mpirun's daemon on a node is a task of srun
-        (SRUN | HYDRA, Launcher("MPICH Hydra", 1, 2, 0, 1)),
-        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, None),  # a batch script
-        ({"OMPI_COMM_WORLD_RANK": "x", "OMPI_COMM_WORLD_SIZE": "2"}, None),
-    ],
-)
-def test_the_launcher_is_read_from_its_variables(job, found):
-    assert launcher(job) == found
 
 
 def test_one_world_of_all_ranks_is_right(environment):
@@ -102,9 +55,32 @@ def test_worlds_of_one_rank_are_told_which_mpiexec_is_right(environment, monkeyp
     assert message.startswith(f"{name} started {count} processes") and f"{tmp_path}/bin/mpiexec" in message
 
 
+def test_a_launcher_of_pmix_alone_is_told_by_every_rank_but_the_first(environment, monkeypatch):
+    monkeypatch.setenv("PMIX_RANK", "3")
+    assert "PMIx started this process as rank 3, and MPI sees a job of 1" in str(wrong_mpiexec(1))
+    assert wrong_mpiexec(4) is None
+    monkeypatch.setenv("PMIX_RANK", "0")
+    assert wrong_mpiexec(1) is None
+
+
+def test_the_launcher_of_mvapich(environment, monkeypatch):
+    for name, value in {"RANK": "1", "SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"MV2_COMM_WORLD_{name}", value)
+    assert str(wrong_mpiexec(1)).startswith("MVAPICH mpirun_rsh started 6 processes")
+
+
 def test_srun_without_mpi_is_told_of_its_flag(environment):
     environment(SRUN)
     assert "srun --mpi=pmix" in str(wrong_mpiexec(1))
+
+
+@pytest.mark.parametrize(("local", "given", "chosen"), [("2", None, "3"), ("2", "1", "1"), ("4", None, None)])
+def test_sums_go_by_halving_and_doubling_between_hosts_unless_the_user_says_otherwise(local, given, chosen):
+    name = "OMPI_MCA_coll_libnbc_iallreduce_algorithm"
+    job = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": local}
+    environ = job | ({name: given} if given else {})
+    detect._choose_sums(environ)
+    assert environ.get(name) == chosen
 
 
 def test_start_mpi_refuses_the_launcher_of_another_mpi(environment):

@@ -22,7 +22,7 @@ from tests.layouts import engine, layouts, small
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-    from hpcmp.comm.base import Layouts
+    from hpcmp.comm.layouts import Layouts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.mpi, pytest.mark.timeout(300)]
 

@@ -14,7 +14,8 @@ import pytest
 from hpcmp import collectives, kernels, random
 from hpcmp.arrays import Array
 from hpcmp.collectives import AllReduce, Copy, Split
-from hpcmp.comm.base import Communicator, Layouts, Pending
+from hpcmp.comm.base import Communicator, Pending
+from hpcmp.comm.layouts import Layouts
 from hpcmp.layers.attention import Heads, Rope
 from hpcmp.layers.dropout import Dropout
 from hpcmp.layers.embedding import VocabularyParallelEmbedding

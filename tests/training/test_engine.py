@@ -49,9 +49,9 @@ def test_a_result_is_the_same_on_every_rank_and_on_every_layout(world: Intracomm
         found = steps(config, world, 2)
         assert world.allgather(found) == [found] * world.size
         for here, there in zip(found, wanted, strict=True):
-            assert dataclasses.astuple(here) == pytest.approx(dataclasses.astuple(there), rel=1e-12), short(
-                config.layout
-            )
+            numbers, wanted_numbers = ([*dataclasses.astuple(result)] for result in (here, there))
+            assert (numbers.pop(), wanted_numbers.pop()) == ("", ""), "trouble"
+            assert numbers == pytest.approx(wanted_numbers, rel=1e-12), short(config.layout)
 
 
 def assert_the_gradient_is_that_of_the_mean_loss() -> None:

@@ -1,0 +1,25 @@
+"""What launchers set, as it was seen or is documented."""
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_ID": "0",
+}
+PALS = {"PALS_RANKID": "9", "PMI_RANK": "9", "PMI_SIZE": "16", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "8"}
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "2",
+    "JSM_NAMESPACE_SIZE": "12",
+    "JSM_NAMESPACE_LOCAL_RANK": "2",
+    "JSM_NAMESPACE_LOCAL_SIZE": "6",
+}
+FLUX = {"FLUX_TASK_RANK": "4", "FLUX_JOB_SIZE": "6", "FLUX_TASK_LOCAL_ID": "0", "PMI_RANK": "4", "PMI_SIZE": "6"}
