@@ -75,11 +75,11 @@ def rest(file: PlainFile, extents: Sequence[tuple[int, int]], algorithm: str = d
     running, at = digest.running(algorithm), 0
     buffer = memoryview(bytearray(min(_CHUNK, file.size)))
     for offset, length in (*extents, (file.size, 0)):
-        file.seek(at)
         while at < offset:
             part = buffer[: min(offset - at, _CHUNK)]
-            at += file.readinto(part)
+            file.read_at(part, at)
             running.update(part)
+            at += len(part)
         at = offset + length
     return running.hexdigest()
 

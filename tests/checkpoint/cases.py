@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,16 @@ def same_everywhere(world, text):
 def visible(root):
     """The names in a directory."""
     return sorted(p.name for p in root.iterdir())
+
+
+def killed_in(phase: str, save: Callable[[], Any]) -> None:
+    """A child process that does ``save`` and is killed in that phase of it."""
+    child = os.fork()
+    if child == 0:
+        os.environ["HPCMP_FAILPOINT"] = f"{phase}:0"
+        try:
+            save()
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{phase} is not a phase of a save"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from hpcmp.checkpoint import CheckpointSaveError, open_checkpoint, save
 from hpcmp.comm.mesh import Mesh
-from tests.checkpoint.cases import MPIO, TOGETHER, version_at, visible, write
+from tests.checkpoint.cases import MPIO, TOGETHER, killed_in, version_at, visible, write
 from tests.checkpoint.kills import BEHIND, OF_RANK_0, kills
 from tests.harness import mpio
 
@@ -22,25 +20,12 @@ pytestmark = pytest.mark.timeout(300)
 PHASES = ["create", "write", "fsync", "digest", "manifest", "rename", "replace", "pointer", "prune"]
 
 
-def killed_in(phase, root, step, version, **options):
-    """A child process that saves and dies at ``phase``."""
-    child = os.fork()
-    if child == 0:
-        os.environ["HPCMP_FAILPOINT"] = f"{phase}:0"
-        try:
-            write(root, step, version, **options)
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{phase} is not a phase of a save"
-
-
 @pytest.mark.parametrize("storage", ["files", "shared"])
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "replace"])
 def test_killed_while_saving_the_next_step(tmp_path, phase, storage):
     write(tmp_path, 1, storage=storage)
     write(tmp_path, 2, storage=storage)
-    killed_in(phase, tmp_path, 3, 3, storage=storage)
+    killed_in(phase, lambda: write(tmp_path, 3, 3, storage=storage))
     assert version_at(tmp_path) == (3 if phase == "prune" else 2)
     assert version_at(tmp_path / "step_00000002") == 2
     assert version_at(tmp_path / "step_00000001") == 1
@@ -55,7 +40,7 @@ def test_killed_while_saving_the_next_step(tmp_path, phase, storage):
 def test_killed_while_saving_a_step_again(tmp_path, phase, keep):
     write(tmp_path, 1, keep=None)
     write(tmp_path, 2, keep=keep)
-    killed_in(phase, tmp_path, 2, 7, keep=keep)
+    killed_in(phase, lambda: write(tmp_path, 2, 7, keep=keep))
     assert version_at(tmp_path) == (7 if phase in ("pointer", "prune") else 2)
     write(tmp_path, 3, 8, keep=2)
     assert version_at(tmp_path) == 8
@@ -65,7 +50,7 @@ def test_killed_while_saving_a_step_again(tmp_path, phase, keep):
 
 def test_killed_at_the_very_first_save(tmp_path):
     for phase in ("write", "manifest", "rename"):
-        killed_in(phase, tmp_path / "new" / "run", 1, 1)
+        killed_in(phase, lambda: write(tmp_path / "new" / "run", 1, 1))
     write(tmp_path / "new" / "run", 1)
     assert visible(tmp_path / "new" / "run") == ["latest", "step_00000001"]
 

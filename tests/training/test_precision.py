@@ -17,8 +17,6 @@ from hpcmp.training.engine import Engine, Result
 from hpcmp.training.scaler import LossScale
 from hpcmp.training.trainer import Trainer
 from hpcmp.training.verify import source_of, verify
-from tests.corpus import config as write_config
-from tests.corpus import corpus
 from tests.layouts import engine, small, spread
 from tests.training.test_engine import CURVE, affine
 
@@ -205,14 +203,6 @@ def test_other_formats_skip_nothing(dtype: str) -> None:
         overflow(e, 0)
         result = e.step(0, *source_of(e.config)(0, e.share))
         assert not np.isfinite(result.norm) and not result.skipped
-
-
-@pytest.fixture
-def toml(world: Intracomm, mpi_tmp_path: Path) -> Path:
-    if world.rank == 0:
-        write_config(mpi_tmp_path, corpus(mpi_tmp_path))
-    world.Barrier()
-    return mpi_tmp_path / "tiny.toml"
 
 
 def run(toml: Path, world: Intracomm | None, name: str, *given: str, plant: Any = None) -> list[Result]:

@@ -34,14 +34,6 @@ LAYOUT = {
 BEHIND = "checkpoint.asynchronous=true checkpoint.every=2 checkpoint.keep=10"
 
 
-@pytest.fixture
-def toml(world: Intracomm, mpi_tmp_path: Path) -> Path:
-    if world.rank == 0:
-        config(mpi_tmp_path, corpus(mpi_tmp_path))
-    world.Barrier()
-    return mpi_tmp_path / "tiny.toml"
-
-
 def trainer(toml: Path, world: Any, name: str, *overrides: str) -> Trainer:
     given = [f"run.directory={toml.parent / name}", *(o for text in overrides for o in text.split())]
     return Trainer(load_config(toml, given), world)

@@ -14,7 +14,6 @@ from hpcmp.checkpoint import CheckpointSaveError, open_checkpoint
 from hpcmp.errors import HpcmpError, InputError
 from hpcmp.training.config import load_config
 from hpcmp.training.trainer import Trainer
-from tests.corpus import config, corpus
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -40,14 +39,6 @@ ZERO = {
 }
 
 both = pytest.mark.parametrize("pairs", [PAIRS, ZERO], ids=["plain", "zero"])
-
-
-@pytest.fixture
-def toml(world: Intracomm, mpi_tmp_path: Path) -> Path:
-    if world.rank == 0:
-        config(mpi_tmp_path, corpus(mpi_tmp_path))
-    world.Barrier()
-    return mpi_tmp_path / "tiny.toml"
 
 
 def run(toml: Path, world: Any, name: str, *overrides: str) -> dict[str, Any]:
