@@ -1,4 +1,4 @@
-"""Sums over several nodes in three phases, so that a message crosses the network once for each node and not each rank.
+"""Sums over several nodes in phases, so that a message crosses the network once for each node and not each rank.
 
     p_i = part i of the sum over the ranks of a node      reduce_scatter, inside each node
     q_i = the sum over the nodes of their p_i             all_reduce, between ranks of different nodes
@@ -8,6 +8,10 @@ With k ranks on each of m nodes a rank sends 2 (m - 1) / m of 1 / k of the messa
 doubling and halving that MPIs take for many sizes, a rank's whole message goes over the network several times. (A ring
 in the order of nodes sends little more over the network than this, but takes 2 (k m - 1) steps instead of
 2 (k - 1) + 2 (m - 1).) NCCL does all this by itself.
+
+Halving and doubling is for powers of two: of other numbers some ranks first send all they have, and get the whole sum
+at the end. So the sum between m nodes is then two phases: each rank gets every other's share of its part, adds these up
+in the order of the nodes, and gathers the shares again, in two steps that send (m - 1) / m each.
 """
 
 from __future__ import annotations
@@ -26,12 +30,17 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 LEAST = 256 * 2**10  # bytes of a message below which the calls of two more phases cost more than they save
+SHORT = 2**12  # bytes from one node's rank to another's, below which MPI's fewer and longer messages are as good
+LAST = 4  # the phases of a sum
 
 
 def worthwhile(nodes: Sequence[int], choice: str = "auto") -> bool:
-    """Whether the ranks of a group, on ``nodes``, sum in phases: several nodes, with "auto" of several ranks each."""
+    """Whether the ranks of a group, on ``nodes``, sum in phases: several nodes, with "auto" of several ranks each or of
+    a number that is no power of two."""
     ranks = Counter(nodes).values()
-    return choice != "no" and len(ranks) > 1 and (max if choice == "yes" else min)(ranks) > 1
+    if choice == "no" or len(ranks) == 1:
+        return False
+    return not _is_power_of_two(len(ranks)) or (max if choice == "yes" else min)(ranks) > 1
 
 
 class HierarchicalCommunicator(MpiCommunicator):
@@ -61,10 +70,11 @@ class HierarchicalCommunicator(MpiCommunicator):
         self.parts = min(Counter(nodes).values())
         inside = _split(comm, nodes[self.rank])
         again = _split(inside, 0)
-        self.inside, self.again = within(inside), within(again)
-        self.across = MpiCommunicator(_split(comm, min(place, self.parts)))
+        self.inside, self.inside_again = within(inside), within(again)
+        across = _split(comm, min(place, self.parts))
+        self.across, self.across_again = MpiCommunicator(across), MpiCommunicator(_split(across, 0))
         self.holds = place < self.parts
-        for phase in (self.inside, self.across, self.again):
+        for phase in self._phases():
             phase.traffic, phase.flight = self.traffic, None
         self.sums: list[_Sum] = []
 
@@ -90,19 +100,26 @@ class HierarchicalCommunicator(MpiCommunicator):
 
     def advance(self) -> None:
         """Start every phase whose turn has come; forget the sums that are there."""
-        before = 3
+        before = LAST
         for each in self.sums:
             while each.phase < before and each.pending.test():
                 each.next()
             before = each.phase
-        self.sums = [each for each in self.sums if each.phase < 3 or not each.pending.test()]
+        self.sums = [each for each in self.sums if each.phase < LAST or not each.pending.test()]
         if not self.sums and self.advance in DRIVERS:
             DRIVERS.remove(self.advance)
 
     def close(self) -> None:
-        for phase in (self.inside, self.across, self.again):
+        for phase in self._phases():
             phase.close()
         super().close()
+
+    def _phases(self) -> tuple[MpiCommunicator, ...]:
+        return self.inside, self.across, self.across_again, self.inside_again
+
+
+def _is_power_of_two(m: int) -> bool:
+    return m & (m - 1) == 0
 
 
 def _split(comm: MPI.Intracomm, colour: int) -> MPI.Intracomm:
@@ -110,23 +127,32 @@ def _split(comm: MPI.Intracomm, colour: int) -> MPI.Intracomm:
 
 
 class _Sum:
-    """One message on its way, in ``phase`` 1, 2 or 3; to ``Pending`` it is a request, with a request's names."""
+    """One message on its way, in ``phase`` 1 to ``LAST``; to ``Pending`` it is a request, with a request's names."""
 
     def __init__(self, group: HierarchicalCommunicator, x: Array) -> None:
         self.group, self.phase = group, 1
-        local = group.inside.size
+        local, m = group.inside.size, group.across.size
         self.rows = partition.sizes(x.size, group.parts) + [0] * (local - group.parts)
+        self.mine = self.rows[group.inside.rank]
+        self.shares = partition.sizes(self.mine, m)  # of this rank's part, where its sum is made by exchanges
+        self.exchanged = not _is_power_of_two(m) and self.mine * x.itemsize >= m * SHORT
         self.pending = group.inside.reduce_scatter_v(x, self.rows)
 
     def next(self) -> None:
         """Start the next phase with what the one before yields."""
-        part, self.phase = self.pending.wait(), self.phase + 1
-        if self.phase == 3:
-            self.pending = self.group.again.all_gather_v(part, self.rows)
-        elif self.group.holds:
-            self.pending = self.group.across.all_reduce(part, out=part)
-        else:
+        part, self.phase, across = self.pending.wait(), self.phase + 1, self.group.across
+        if self.phase == LAST:
+            self.pending = self.group.inside_again.all_gather_v(part, self.rows)
+        elif not self.group.holds:
             self.pending = Pending(part)
+        elif self.phase == 3:
+            self.pending = self.group.across_again.all_gather_v(part, self.shares) if self.exchanged else Pending(part)
+        elif self.exchanged:
+            share = self.shares[across.rank]
+            self.pending = across.all_to_all_v(part, self.shares, [share] * across.size)
+            self.pending = _then(self.pending, lambda y: y.reshape(across.size, share).sum(0))
+        else:
+            self.pending = across.all_reduce(part, out=part)
 
     def Test(self) -> bool:
         self.group.advance()

@@ -109,6 +109,21 @@ def test_small_messages_and_maxima_go_the_flat_way(world: Intracomm) -> None:
     comm.close()
 
 
+@pytest.mark.mpi(size=3)
+def test_between_three_nodes_a_rank_sends_two_thirds_of_its_part_twice(world: Intracomm) -> None:
+    """And not all of it, as in halving and doubling; short messages are MPI's."""
+    from hpcmp.comm.hierarchical import HierarchicalCommunicator
+
+    comm = HierarchicalCommunicator(world.Dup(), range(3), least=0)
+    n = 3 * 2**12 // 8
+    for count, operations in ((n - 1, {"all_reduce"}), (n, {"all_to_all", "all_gather"})):
+        comm.traffic.clear()
+        comm.all_reduce(np.ones(count)).wait()
+        assert {name for name, (_, sent) in comm.traffic.items() if sent} == operations
+    assert [comm.traffic[name][1] for name in ("all_to_all", "all_gather")] == [8 * n * 2 // 3] * 2
+    comm.close()
+
+
 @pytest.mark.mpi
 def test_closing_frees_every_communicator(world: Intracomm) -> None:
     from mpi4py import MPI
@@ -116,7 +131,7 @@ def test_closing_frees_every_communicator(world: Intracomm) -> None:
     from hpcmp.comm.hierarchical import HierarchicalCommunicator
 
     made = HierarchicalCommunicator(world.Dup(), [rank % 2 for rank in range(world.size)])
-    parts = [made, made.inside, made.across, made.again]
+    parts = [made, *made._phases()]
     made.close()
     assert all(part.comm == MPI.COMM_NULL for part in parts)
 
@@ -124,10 +139,11 @@ def test_closing_frees_every_communicator(world: Intracomm) -> None:
 def test_where_it_is_worthwhile() -> None:
     from hpcmp.comm.hierarchical import worthwhile
 
-    assert worthwhile([0, 0, 1, 1]) and worthwhile([0, 1, 0, 1, 1])
-    for nodes in ([0, 0, 0], [0, 1, 2], [0, 0, 1]):
+    for nodes in ([0, 0, 1, 1], [0, 1, 0, 1, 1], [0, 1, 2]):
+        assert worthwhile(nodes) and not worthwhile(nodes, "no")
+    for nodes in ([0, 0, 0], [0, 1, 2, 3], [0, 0, 1]):
         assert not worthwhile(nodes)
-    assert worthwhile([0, 0, 1], "yes") and not worthwhile([0, 1, 2], "yes") and not worthwhile([0, 0, 1, 1], "no")
+    assert worthwhile([0, 0, 1], "yes") and not worthwhile([0, 1, 2, 3], "yes")
 
 
 @pytest.mark.mpi
