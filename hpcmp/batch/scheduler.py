@@ -21,10 +21,19 @@ _ASKING = 10.0  # seconds that the scheduler has for its answer
 
 
 def time_left(job: Job, environ: Mapping[str, str] = os.environ) -> float | None:
-    """The seconds until the scheduler ends ``job``, which is this process's; None if there is no limit or nobody knows.
+    """``ask_time_left``, and None where nobody knows: a scheduler that gives no answer is logged as a warning."""
+    try:
+        return ask_time_left(job, environ)
+    except ValueError as error:
+        log.warning("the time that is left to the job is unknown: %s", error)
+        return None
+
+
+def ask_time_left(job: Job, environ: Mapping[str, str] = os.environ) -> float | None:
+    """The seconds until the scheduler ends ``job``, which is this process's; None if there is no limit.
 
     From the environment where it says (SLURM_JOB_END_TIME), else the scheduler is asked, for 10 s at most: call it on
-    one rank, once. A scheduler that gives no answer is logged as a warning.
+    one rank, once. Raises ValueError, which names the command, if it gives no answer.
     """
     if (end := number(environ.get("SLURM_JOB_END_TIME"))) and job.scheduler == "Slurm":
         return max(0.0, end - time.time())
@@ -35,14 +44,13 @@ def time_left(job: Job, environ: Mapping[str, str] = os.environ) -> float | None
     try:
         return read(answer(command))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        log.warning("the time that is left to the job is unknown: `%s`: %s", " ".join(command), error)
-        return None
+        raise ValueError(f"`{' '.join(command)}`: {error}") from None
 
 
 def has_ended(job: Job) -> bool:
     """Whether Slurm knows that a job of this cluster has ended, or has forgotten it, minutes after its end; False for
     another scheduler's, and where nobody knows."""
-    if job.scheduler != "Slurm" or number(job.id) is None:
+    if job.scheduler != "Slurm" or not re.fullmatch(r"\d+(_\d+)?", job.id, re.ASCII):
         return False
     try:
         states = answer(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job.id}"]).split()

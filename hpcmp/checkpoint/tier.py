@@ -54,6 +54,14 @@ def open_tier(folder: str, root: Path, mesh: Mesh, *, fresh: bool) -> LocalTier:
     return tier
 
 
+def local_folder(folder: str, node: int) -> Path:
+    """``checkpoint.local`` on a node, $VARIABLES and "{node}" filled in. Raises InputError for one that is not set."""
+    place = os.path.expandvars(folder).replace("{node}", str(node))
+    if "$" in place:
+        raise InputError(f"{place} has a variable that is not set there")
+    return Path(place).expanduser()
+
+
 class LocalTier:
     """Checkpoints of a run in a directory that each node has to itself: on its own disk, or in its memory (/dev/shm).
 
@@ -75,13 +83,8 @@ class LocalTier:
     """
 
     def __init__(self, folder: str, run: str, mesh: Mesh, home: Path | None = None) -> None:
-        nodes = mesh.topology.nodes
-        node = nodes[mesh.rank]
-        place = os.path.expandvars(folder).replace("{node}", str(node))
-        if "$" in place:
-            raise InputError(f"{place} has a variable that is not set there")
         self.mesh, self.home, self.off, self.known = mesh, home, False, False
-        self.root = Path(place).expanduser() / run
+        self.root = local_folder(folder, mesh.topology.nodes[mesh.rank]) / run
         self.former: LocalTier | None = None
         self.leader = team(mesh)[0]  # does what is to be done once on a node
         self.leads = mesh.rank == self.leader

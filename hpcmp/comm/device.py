@@ -41,7 +41,7 @@ def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     """
     host, seen, name, problem = socket.gethostname(), [""], "", ""
     try:
-        seen = _visible(host)
+        seen = visible(host)
     except InputError as error:
         problem = str(error)
     ranks = gather((host, seen, problem, os.environ.get("HPCMP_SHARE_GPU") == "1"))
@@ -74,7 +74,7 @@ def assign(visible: Sequence[Sequence[str]]) -> list[int]:
     return chosen
 
 
-def _visible(host: str) -> list[str]:
+def visible(host: str) -> list[str]:
     """A name for each GPU that this process sees, the same in every process of the host that sees it."""
     runtime = module_for("cuda").cuda.runtime
     indices = range(runtime.getDeviceCount())

@@ -60,7 +60,7 @@ def shared(comm: MPI.Intracomm, size: int, sizes: Sizes = SIZES, *, staged: bool
 
     if comm.size == 1:
         return MpiCommunicator(comm, staged=staged)
-    problem = _no_room(comm.size * (size + HEADER))
+    problem = no_room(comm.size * (size + HEADER))
     if not comm.allreduce(bool(problem), MPI.LOR):
         try:
             return WindowCommunicator(comm, size, sizes, staged=staged)
@@ -231,7 +231,7 @@ def _tell(problem: str) -> None:
         log.warning("no shared memory for collectives within a node, which MPI's own replace: %s", problem)
 
 
-def _no_room(size: int) -> str:
+def no_room(size: int) -> str:
     """Why ``size`` bytes would not fit into /dev/shm, where MPIs keep shared memory; "" if they do.
 
     A file there grows as it is written, and a process that writes beyond the end of the file system dies of SIGBUS.

@@ -238,7 +238,7 @@ right = window.Transfer
 @pytest.mark.mpi
 def test_without_room_mpi_does_it_and_the_log_says_so_once(world: Intracomm, caplog: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(window, "_told", set())
-    monkeypatch.setattr(window, "_no_room", lambda size: "/dev/shm is full" if world.rank == 0 else "")
+    monkeypatch.setattr(window, "no_room", lambda size: "/dev/shm is full" if world.rank == 0 else "")
     for _ in range(2):
         comm = window.shared(world.Dup(), 2**20)
         assert not isinstance(comm, window.WindowCommunicator)
@@ -248,8 +248,8 @@ def test_without_room_mpi_does_it_and_the_log_says_so_once(world: Intracomm, cap
 
 
 def test_room() -> None:
-    assert window._no_room(1) == ""
-    assert "MiB left" in window._no_room(2**60)
+    assert window.no_room(1) == ""
+    assert "MiB left" in window.no_room(2**60)
 
 
 @pytest.mark.mpi
