@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-pytest_plugins = ["tests.harness.plugin"]
+pytest_plugins = ["tests.harness.plugin", "tests.harness.mpich"]
 
 
 @pytest.fixture

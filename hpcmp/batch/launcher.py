@@ -25,6 +25,11 @@ class Launcher:
         """Whether the first process that exits with an error is the end of the others, MPI or no MPI."""
         return self.name == "Open MPI"
 
+    @property
+    def awaits_all(self) -> bool:
+        """Whether processes wait in MPI_Init for ever for one that has ended before it, whatever its exit code."""
+        return self.name == "MPICH Hydra"
+
 
 # The variables for rank, size, local rank and local size, and one more that must be set. The order matters: a launcher
 # that runs inside another's job step inherits the other's variables, and several set PMI_RANK.

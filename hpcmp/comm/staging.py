@@ -91,7 +91,7 @@ class Staging:
         self._done = [0, 0, 0]  # how many pieces this rank has put, reduced and taken
         self._seen = [0, 0, 0]  # how many all ranks had, when it last looked
         self._idle = 0  # looks in vain since the last step
-        self._progress = MPI.COMM_SELF.Iprobe  # one that finds a message, as on comm it might, makes no progress
+        self._never = MPI.Grequest.Start()  # its test has every MPI progress; a probe in vain does not in MPICH
         self._queues: list[deque[tuple[Transfer, int]]] = [deque(), deque(), deque()]
         self.window.Sync()
         comm.Barrier()
@@ -121,7 +121,7 @@ class Staging:
                 DRIVERS.remove(self.advance)
         self._idle = 0 if moved else self._idle + 1
         if self._idle % 8 == 7 or self._idle > 1000:
-            self._progress()
+            self._never.Test()
 
     def close(self) -> None:
         """Free the memory, when messages that nobody waited for are through; collective."""
@@ -129,6 +129,8 @@ class Staging:
             for drive in tuple(DRIVERS):
                 drive()
             give_way(self._idle)
+        self._never.Complete()
+        self._never.Wait()
         self._mine, self._counters, self._memory, self._views = memoryview(b""), [], [], {}
         self.window.Unlock_all()
         self.window.Free()

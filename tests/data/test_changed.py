@@ -25,6 +25,7 @@ def data(tmp_path: Path, made: bytes) -> Path:
     return path
 
 
+@pytest.mark.fault(20)
 def test_a_file_written_in_place_is_refused(data: Path) -> None:
     with TokenFile(data) as file:
         split = file.split("train")
@@ -36,6 +37,7 @@ def test_a_file_written_in_place_is_refused(data: Path) -> None:
             split.read(5, 4)
 
 
+@pytest.mark.fault(20)
 def test_a_file_cut_short_is_refused(data: Path) -> None:
     with TokenFile(data) as file:
         split = file.split("train")

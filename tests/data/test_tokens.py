@@ -70,6 +70,7 @@ def test_one_file_read_by_many_at_once(token_path: Path) -> None:
         f.close()
 
 
+@pytest.mark.fault(20)
 def test_cut_short(token_path: Path) -> None:
     whole = token_path.read_bytes()
     for length in {*range(0, len(whole), len(whole) // 40), 1, 7, 8, len(whole) - 2, len(whole) - 1}:

@@ -218,6 +218,22 @@ def test_an_interpreter_without_parallel_hdf5_is_refused(tmp_path: Path) -> None
     assert run.process.returncode != 0
 
 
+def test_the_pass_on_mpich_has_the_tests_of_faults_alone(tmp_path: Path) -> None:
+    suite = """
+import pytest
+@pytest.mark.fault(9)
+def test_serial(): pass
+@pytest.mark.fault(12)
+@pytest.mark.mpi
+def test_ranked(world): assert world.size == 2
+def test_other(): assert False
+"""
+    run = Run(tmp_path, suite, HPCMP_TEST_MPICH="1")
+    output = run.output()
+    assert "mpich: 2 passed" in output.splitlines() and "1 deselected" in output
+    assert run.process.returncode == 0
+
+
 def test_worlds_of_size_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_mpirun(ranks: int, argv: list[str], directory: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
         script = f'for r in $(seq 0 {ranks - 1}); do OMPI_COMM_WORLD_RANK=$r "$@" & done; wait'
