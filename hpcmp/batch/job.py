@@ -12,8 +12,8 @@ SCHEDULERS = {"Slurm": "SLURM_JOB_ID", "LSF": "LSB_JOBID", "PBS": "PBS_JOBID", "
 
 
 class Job(NamedTuple):
-    """A batch job: its scheduler ("" outside of any), id, cluster if it is Slurm's, and how often it was requeued where
-    the scheduler tells (Slurm alone).
+    """A batch job: its scheduler ("" outside of any), id as its commands take it (of an array: the one task),
+    cluster if it is Slurm's, and how often it was requeued where the scheduler tells (Slurm alone).
 
     array, task: the id of the array that it is of, and which of its tasks; "" if it is none. nodes: of the allocation;
     ranks: that were asked for; 0 where the environment does not say.
@@ -50,13 +50,14 @@ def find_job(environ: Mapping[str, str] = os.environ) -> Job:
 
 
 def _slurm(environ: Mapping[str, str]) -> Job:
+    array, task = environ.get("SLURM_ARRAY_JOB_ID", ""), environ.get("SLURM_ARRAY_TASK_ID", "")
     return Job(
         "Slurm",
-        environ["SLURM_JOB_ID"],
+        f"{array}_{task}" if array else environ["SLURM_JOB_ID"],  # one task has the id of the whole array
         environ.get("SLURM_CLUSTER_NAME", ""),
         number(environ.get("SLURM_RESTART_COUNT")) or 0,
-        environ.get("SLURM_ARRAY_JOB_ID", ""),
-        environ.get("SLURM_ARRAY_TASK_ID", ""),
+        array,
+        task,
         number(environ.get("SLURM_JOB_NUM_NODES")) or 0,
         number(environ.get("SLURM_NTASKS")) or 0,
     )
@@ -74,7 +75,7 @@ def _lsf(environ: Mapping[str, str]) -> Job:
 
 
 def _pbs(environ: Mapping[str, str]) -> Job:
-    own, index = environ["PBS_JOBID"], environ.get("PBS_ARRAY_INDEX", "")
+    own, index = environ["PBS_JOBID"], environ.get("PBS_ARRAY_INDEX") or environ.get("PBS_ARRAYID", "")  # Torque's
     array = own.replace(f"[{index}]", "[]") if index else ""
     lines = _lines(environ.get("PBS_NODEFILE", ""))  # a line for each rank
     return Job("PBS", own, array=array, task=index, nodes=len(set(lines)), ranks=len(lines))

@@ -42,7 +42,9 @@ def register(subparsers: Any) -> None:
     command.add_argument("--out", metavar="FILE", help="the script (default: NAME.sbatch and the like); - for stdout")
     command.add_argument("--array", metavar="SWEEP", help="section.key=v1,v2,..., or a file: a line of overrides a run")
     command.add_argument("--submit", action="store_true", help="submit it, and print the job's id")
-    command.add_argument("--chain", type=int, metavar="K", help="submit it K times, each job after the last one's end")
+    command.add_argument(
+        "--chain", type=int, metavar="K", help="with --submit: K times, each job after the last one's end"
+    )
     command.set_defaults(run=run, show=show)
 
 
@@ -52,8 +54,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.chain is not None and args.chain < 1:
         raise InputError(f"--chain {args.chain}: expected at least 1")
-    if args.submit and (args.scheduler == "none" or args.out == "-"):
-        raise InputError("--submit: there is no scheduler, or no file, to submit; start the script with bash")
     job = make_job(
         args.config,
         args.overrides,
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path=None if args.out == "-" else args.out,
         command=_command(args),
     )
+    if args.submit and (job.scheduler == "none" or args.out == "-"):
+        raise InputError("--submit: there is no scheduler, or no file, to submit; start the script with bash")
     result: dict[str, Any] = {
         "script": job.path,
         "ids": [],

@@ -3,7 +3,8 @@
     site = load_site("jobs/sites/gpu-cluster.toml")      # what a site needs: modules, environment, launcher, cores
     job = make_job("gpt.toml", site=site, scheduler="slurm", nodes=4, time="2:00:00")
     text = script(job)
-    ids = submit(job.scheduler, job.path)
+    write(job)
+    ids = submit(job)
 
 What a job finds out about itself while it runs is in ``hpcmp.batch``.
 """

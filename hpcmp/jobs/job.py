@@ -33,7 +33,7 @@ class Job:
 
     seconds: the time limit, None for none. members: more than one make an array, counted from 1. requeues: a job that
     stops in time goes on in another; not so in a chain (``chained``), whose next job does. command: the line that the
-    script says it is from.
+    script says it is from. recovers: ranks outlive others (``train.recover``).
     """
 
     scheduler: str
@@ -48,6 +48,7 @@ class Job:
     chained: bool = False
     site: Site = field(default_factory=Site)
     command: str = ""
+    recovers: bool = False
 
     @property
     def threads(self) -> int | None:
@@ -88,13 +89,13 @@ def make_job(
         if not text.isprintable():
             raise InputError(f"{text!r}: a line break or another unprintable character cannot stand in a script")
     _check(chosen, nodes, ranks, seconds, chained, array, site)
-    label = _label(name or Path(config).stem)
+    label = _label(name or Path(config).stem).replace("=", "_")  # PBS takes none in a name
     if chosen == "none":
         first = [f"train.minutes={seconds / 60:g}"] if seconds else []  # nobody else ends it
     else:
         first = [] if chained else ["train.requeue=true"]  # the run itself tells whether there is progress
     runs = [(*first, *overrides, *member) for member in (_members(array) if array else [()])]
-    members, requeues = [], chosen != "none" and not chained
+    members, requeues, recovers = [], chosen != "none" and not chained, False
     for number, run in enumerate(runs, 1):
         loaded = load_config(config, run)
         if array:
@@ -102,14 +103,16 @@ def make_job(
             directory = Path(loaded.run.directory or "") / _label(f"{number}-{own}")
             run += (f"run.directory={directory}",)
         requeues = requeues and loaded.train.requeue
+        recovers = recovers or loaded.train.recover
         try:
             members.append(Member(run, tuple(_fitting(loaded, nodes, ranks))))
         except InputError as error:
             of = f"run {number} of the array, " if array else ""
-            raise InputError(f"{of}{nodes} nodes of {ranks} ranks: {error}") from None
+            sizes = f"{nodes} node{'s' * (nodes != 1)} of {ranks} rank{'s' * (ranks != 1)}"
+            raise InputError(f"{of}{sizes}: {error}") from None
         if loaded.train.device == "cuda" and 0 < site.node.gpus < ranks:
             raise InputError(f"--ranks-per-node {ranks}: a node has {site.node.gpus} GPUs (node.gpus in the site file)")
-    return Job(
+    job = Job(
         chosen,
         label,
         path or label + ENDINGS[chosen],
@@ -122,7 +125,14 @@ def make_job(
         chained,
         site,
         command,
+        recovers,
     )
+    if recovers and job.launcher != "mpirun":
+        raise InputError(
+            f"train.recover = true: {job.launcher} ends the job with any of its ranks; Open MPI 5's would fit, "
+            'launch.launcher = "mpirun" in the site file'
+        )
+    return job
 
 
 def _check(
@@ -150,7 +160,7 @@ def _fitting(config: Config, nodes: int, ranks_per_node: int) -> Iterator[int]:
     """The numbers of nodes on which the configuration runs, from ``nodes`` down. Raises InputError if not on these."""
     for count in range(nodes, 0, -1):
         try:
-            config.resolved(ranks=count * ranks_per_node)
+            config.resolved(ranks=count * ranks_per_node - config.train.spares)
         except InputError:
             if count == nodes:
                 raise
@@ -173,7 +183,7 @@ def duration(text: str) -> int:
 
 
 def _label(text: str) -> str:
-    """``text`` as a name that every scheduler and file system takes: at most 60 letters, digits and ``._=+-``."""
+    """``text`` as a name that every file system takes: at most 60 letters, digits and ``._=+-``."""
     word = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text)[:60].strip("_")
     return word if word[:1].isalnum() else f"run{word}"
 

@@ -65,18 +65,22 @@ def _slurm(job: Job) -> list[str]:
 
 def _pbs(job: Job) -> list[str]:
     batch, node = job.site.batch, job.site.node
-    chunk = f"select={job.nodes}:ncpus={node.cores or job.ranks_per_node}:mpiprocs={job.ranks_per_node}"
+    array = len(job.members) > 1
+    chunk = [f"ncpus={node.cores or job.ranks_per_node}", f"mpiprocs={job.ranks_per_node}"]
+    chunk += [f"ngpus={node.gpus}"] if node.gpus else []
+    chunk += [_word(batch.chunk)] if batch.chunk else []
     return [
         f"-N {job.name[:15]}",
-        *([f"-J 1-{len(job.members)}"] if len(job.members) > 1 else []),
-        f"-l {chunk}{f':ngpus={node.gpus}' if node.gpus else ''}",
-        "-l place=scatter",
+        "-S /bin/bash",  # else the shell of whoever submits it reads the script
+        *([f"-J 1-{len(job.members)}"] if array else []),
+        f"-l select={job.nodes}:{':'.join(chunk)}",
+        *([] if "place=" in batch.options else ["-l place=scatter"]),
         f"-l walltime={_clock(job.seconds or 0)}",
         *([f"-A {_word(batch.account)}"] if batch.account else []),
         *([f"-q {_word(batch.queue)}"] if batch.queue else []),
         "-j oe",
         "-k oed",
-        "-r y" if batch.requeue and job.requeues else "-r n",
+        "-r y" if array or batch.requeue and job.requeues else "-r n",  # PBS takes no array with n
     ]
 
 
@@ -109,6 +113,9 @@ def _flux(job: Job) -> list[str]:
     ]
 
 
+#: A job that is cancelled is COMPLETING while its ranks save; of one about which squeue has no answer it is not known.
+_RUNNING = 'case $(squeue -h -j "$SLURM_JOB_ID" -o %T) in RUNNING | "") ;; *) exit 75 ;; esac\n'
+
 DIALECTS = {
     "slurm": Dialect(
         "#SBATCH",
@@ -116,11 +123,9 @@ DIALECTS = {
         nodes='scontrol show hostnames "$SLURM_JOB_NODELIST"',
         cores="SLURM_CPUS_ON_NODE",
         index="${SLURM_ARRAY_TASK_ID:-}",
-        # a job that is cancelled is COMPLETING while its ranks save
-        again='[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || exit 75\n'
-        'trap "" TERM   # requeueing ends this script\n'
+        again=_RUNNING + 'trap "" TERM   # requeueing ends this script\n'
         'scontrol requeue "$SLURM_JOB_ID" || sbatch ARRAY"$0"',
-        anew='[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || exit 75\nsbatch ARRAY"$0"',
+        anew=_RUNNING + 'sbatch ARRAY"$0"',
         submit=("sbatch", "--parsable"),
         dependency=("--dependency=afterany:{}",),
     ),
@@ -150,7 +155,7 @@ DIALECTS = {
     "flux": Dialect(
         "# flux:",
         _flux,
-        nodes="seq $(flux resource list --states=up -no {nnodes})",
+        nodes='seq "$(flux resource list --states=up -no "{nnodes}")"',
         cores="$(env -u OMP_NUM_THREADS nproc)",
         index="${1:-}",
         again='flux --parent batch "$0"ARRAY',

@@ -19,7 +19,7 @@ pass_on() {
     [ -z "$step" ] || KILL
 }
 trap 'pass_on USR1' USR1 USR2
-trap 'pass_on TERM' TERM INT
+trap 'pass_on TERM' TERM INT HUP
 """
 
 WAIT = """\
@@ -50,15 +50,18 @@ answering() {   # those of the nodes on which a command runs
 """
 
 LOST = """\
+    asked=$told
     mapfile -t left < <(answering)
-    if [ ${#left[@]} -ge ${#nodes[@]} ]; then   # a rank has crashed, or hung: once more
-        case $code in 0 | 1 | 2 | 70 | 78) exit $code ;; esac   # the end of hpcmp; a lost rank has other codes
-        [ -z "$crashed$told" ] || exit $code
+    # That none answers says nothing: this script runs on one. So a rank has crashed, or hung: once more.
+    if [ ${#left[@]} -ge ${#nodes[@]} ] || [ ${#left[@]} -eq 0 ]; then
+        case $code in 0 | 1 | 2 | 70) exit "$code" ;; esac   # the end of hpcmp; a lost rank has other codes
+        [ -z "$crashed$asked" ] || exit "$code"
+        [ -z "$told" ] || go_on
         crashed=yes
-        echo "hpcmp job: exit code $code, and all nodes answer: once more" >&2
+        echo "hpcmp job: exit code $code, and no node is known to be lost: once more" >&2
         continue
     fi
-    echo "hpcmp job: exit code $code; of the nodes ${nodes[*]} these answer: ${left[*]:-none}" >&2
+    echo "hpcmp job: exit code $code; of the nodes ${nodes[*]} these answer: ${left[*]}" >&2
     nodes=("${left[@]}")
     [ -z "$told" ] || go_on
     for n in "${fitting[@]}"; do [ "$n" -gt ${#nodes[@]} ] || continue 2; done
@@ -69,7 +72,7 @@ done
 # Slurm would end the job once it knew that nodes are lost: so the job gives them up. (scontrol leaves a script behind.)
 SHRINK = """\
     hosts=$(IFS=, && echo "${left[*]}")
-    [ -z "$hosts" ] || (cd "$(mktemp -d)" && scontrol update JobId="$SLURM_JOB_ID" NodeList="$hosts" >/dev/null)
+    (cd "$(mktemp -d)" && scontrol update JobId="$SLURM_JOB_ID" NodeList="$hosts" >/dev/null)
 """
 
 
@@ -79,8 +82,12 @@ def script(job: Job) -> str:
     parts = [_head(job, dialect), _environment(job, dialect), _runs(job, dialect)]
     kill = "flux job killall --force --signal=USR1" if job.launcher == "flux" else 'kill -USR1 "$step" 2>/dev/null'
     parts.append(STOP.replace("KILL", kill))
-    parts += [_here(job)] if dialect is None else [_go_on(job, dialect), _loop(job, dialect)]
-    return "\n".join(parts)
+    if dialect is None:
+        return "\n".join([*parts, _here(job)])
+    rest = f"{_go_on(job, dialect)}\n{_loop(job, dialect)}"
+    if len(job.members) > 1:  # by the id alone Slurm means, for one run of an array, all of them
+        rest = rest.replace("$SLURM_JOB_ID", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
+    return "\n".join([*parts, rest])
 
 
 def _head(job: Job, dialect: Dialect | None) -> str:
@@ -97,7 +104,8 @@ def _environment(job: Job, dialect: Dialect | None) -> str:
     text = dialect.start if dialect else ""
     if shell.modules.strip():
         text += f"module load {shlex.join(shell.modules.split())}\n"
-    text += shell.setup.strip() + "\n" if shell.setup.strip() else ""
+    if shell.setup.strip():
+        text += f"{shell.setup.strip()}\nset +eu   # this script looks at exit codes itself\n"
     text += f"ranks_per_node={job.ranks_per_node}\n"
     variables = dict(job.site.environment)
     if "OMP_NUM_THREADS" not in variables:
@@ -158,14 +166,14 @@ def _loop(job: Job, dialect: Dialect) -> str:
     if job.launcher != "flux":
         text += NODES.replace("PROBE", _PROBES[job.launcher])
     body = 'for count in "${fitting[@]}"; do [ "$count" -gt ${#nodes[@]} ] || break; done   # the most nodes that fit\n'
-    body += {
-        "srun": 'hosts=$(IFS=, && echo "${nodes[*]:0:count}")\n',
-        "mpirun": 'hosts=$(printf ",%s:$ranks_per_node" "${nodes[@]:0:count}")\n',
-        "mpiexec": 'hosts=$(IFS=, && echo "${nodes[*]:0:count}")\n',
-    }.get(job.launcher, "")
+    if job.launcher == "mpirun":
+        body += 'hosts=$(printf ",%s:$ranks_per_node" "${nodes[@]:0:count}")\n'
+    elif job.launcher != "flux":
+        body += 'hosts=$(IFS=, && echo "${nodes[*]:0:count}")\n'
     body += f"{_launch(job)} \\\n    {_train(job)} &\n{WAIT}"
-    done = "2" if job.launcher == "mpirun" else "0 | 2"  # Open MPI's mpirun may end with 0 when it has lost a node
-    body += f"case $code in\n{done}) exit $code ;;\n75) go_on ;;\nesac\n"
+    # Open MPI's mpirun may end with 0 when it has lost a node
+    done = "2 | 78" if job.launcher == "mpirun" else "0 | 2 | 78"
+    body += f'case $code in\n{done}) exit "$code" ;;\n75) go_on ;;\nesac\n'
     lost = LOST.replace("answering", dialect.nodes) if job.launcher == "flux" else LOST
     if job.scheduler == "slurm":
         lost = lost.replace("    nodes=", SHRINK + "    nodes=")
@@ -176,6 +184,7 @@ _PROBES = {
     "srun": 'srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true',
     "mpirun": 'mpirun --host "$node:1" -n 1 true',
     "mpiexec": 'mpiexec -n 1 --hosts "$node" true',
+    "pals": 'mpiexec -n 1 --hosts "$node" true',
 }
 
 
@@ -190,28 +199,32 @@ def _launch(job: Job) -> str:
         words += [f"--cpus-per-task={job.threads}"] if job.threads else []
         words += ["--cpu-bind=cores"] if bind else []
     elif job.launcher == "mpirun":
-        words += [f'mpirun --host "${{hosts#,}}" -n {count}', *_mpirun(job)]
+        words += [f'mpirun --host "${{hosts#,}}" -n {count}', _binding(job)]
         names = ["PATH", "OMP_NUM_THREADS", *(["HPCMP_RESUBMIT"] if job.requeues else [])]
         names += [name for name in job.site.environment if name not in names]
         words += [f"-x {name}" for name in names]
         words += [f"${{{name}:+-x {name}}}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name not in names]
-    elif job.launcher == "mpiexec":
-        words += [f'mpiexec -n {count} --ppn "$ranks_per_node" --hosts "$hosts"']
+    elif job.launcher in ("mpiexec", "pals"):
+        words += [f'mpiexec -n {count} --ppn "$ranks_per_node" --hosts "$hosts"', _binding(job)]
     else:
         words += ['flux run --nodes="$count" --tasks-per-node="$ranks_per_node" --exclusive']
         words += ["-o cpu-affinity=per-task"] if job.site.launch.bind == "cores" else []
-        words += ["-o gpu-affinity=per-task"] if job.site.node.gpus else []
     return " \\\n    ".join([*words, *_own(job)])
 
 
-def _mpirun(job: Job) -> list[str]:
-    if job.site.launch.bind == "cores" and job.threads:
-        return [f"--map-by ppr:{job.ranks_per_node}:node:PE={job.threads} --bind-to core"]
-    return ["--bind-to none"]
+def _binding(job: Job) -> str:
+    """The words by which a launcher that is not the scheduler's keeps each rank to its cores, or does not."""
+    bound, none = {
+        "mpirun": (f"--map-by ppr:{job.ranks_per_node}:node:PE={job.threads} --bind-to core", "--bind-to none"),
+        "mpiexec": (f"-bind-to core:{job.threads}", "-bind-to none"),
+        "pals": (f"--depth {job.threads} --cpu-bind depth", "--cpu-bind none"),
+    }[job.launcher]
+    return bound if job.site.launch.bind == "cores" and job.threads else none
 
 
 def _own(job: Job) -> list[str]:
-    return [shlex.join(words)] if (words := shlex.split(job.site.launch.options)) else []
+    survive = ["--with-ft ulfm"] if job.recovers else []  # mpirun does not end the ranks of which one has died
+    return survive + ([shlex.join(words)] if (words := shlex.split(job.site.launch.options)) else [])
 
 
 def _train(job: Job) -> str:
@@ -221,7 +234,8 @@ def _train(job: Job) -> str:
 
 def _here(job: Job) -> str:
     """On this machine, without a scheduler: whoever started the script starts it again."""
-    count = "-n $ranks_per_node"
-    words = [f"mpirun {count}", *_mpirun(job)] if job.launcher == "mpirun" else [f"mpiexec {count}"]
-    said = '[ $code -ne 75 ] || echo "hpcmp job: stopped in time; start this script again to go on" >&2\n'
-    return f"{' '.join([*words, *_own(job)])} {_train(job)} &\n{WAIT}{said}exit $code\n"
+    count = '-n "$ranks_per_node"'
+    words = [f"{'mpirun' if job.launcher == 'mpirun' else 'mpiexec'} {count}", _binding(job)]
+    said = '[ "$code" -ne 75 ] || echo "hpcmp job: stopped in time; start this script again to go on" >&2\n'
+    own = "set -m   # a group of its own: Ctrl-C would have the launcher end the ranks, which are to save\n"
+    return f'{own}{" ".join([*words, *_own(job)])} {_train(job)} </dev/null &\n{WAIT}{said}exit "$code"\n'

@@ -25,6 +25,7 @@ class Batch(Section):
     account: str | None = option(None, "account, project or bank that pays")
     queue: str | None = option(None, "queue or partition")
     warning: int = option(120, "seconds before the limit at which the job is told to save and stop", SIZE)
+    chunk: str = option("", "for PBS: what else each chunk of `select` has, such as `mem=200gb`")
     requeue: bool = option(True, "whether a job may be requeued under its id; else it submits itself anew")
     options: str = option("", "more options for the scheduler, one a line, as they would follow #SBATCH, #PBS, ...")
 
@@ -42,9 +43,10 @@ class Node(Section):
 class Launch(Section):
     """How ranks are started."""
 
-    launcher: Literal["auto", "srun", "mpirun", "mpiexec", "flux"] = option(
+    launcher: Literal["auto", "srun", "mpirun", "mpiexec", "pals", "flux"] = option(
         "auto",
-        "`mpirun` of Open MPI, `mpiexec` of MPICH or PALS; `auto`: srun under Slurm, flux under Flux, else mpirun",
+        "`mpirun` of Open MPI; `mpiexec` of MPICH; `pals`: mpiexec of PALS; `auto`: srun under Slurm, flux under Flux, "
+        "else mpirun",
     )
     mpi: str = option("pmix", "for srun --mpi: pmix, pmi2, cray_shasta, ...")
     bind: Literal["cores", "none"] = option("cores", "whether each rank keeps to its cores; `cores` needs node.cores")

@@ -25,12 +25,17 @@ SLURM = {
     [
         ({}, Job()),
         ({"SLURM_JOB_ID": ""}, Job()),
-        (SLURM, Job("Slurm", "4713", "alps", 2, "4711", "2", 4, 32)),
+        (SLURM, Job("Slurm", "4711_2", "alps", 2, "4711", "2", 4, 32)),
+        (SLURM | {"SLURM_JOB_ID": "4711"}, Job("Slurm", "4711_2", "alps", 2, "4711", "2", 4, 32)),
         ({"SLURM_JOB_ID": "7"}, Job("Slurm", "7")),
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "x"}, Job("Slurm", "7")),
         ({"PBS_JOBID": "12.server"}, Job("PBS", "12.server")),
         (
             {"PBS_JOBID": "12[3].server", "PBS_ARRAY_INDEX": "3"},
+            Job("PBS", "12[3].server", array="12[].server", task="3"),
+        ),
+        (
+            {"PBS_JOBID": "12[3].server", "PBS_ARRAYID": "3"},
             Job("PBS", "12[3].server", array="12[].server", task="3"),
         ),
         ({"PBS_JOBID": "12.server", "PBS_NODEFILE": "/nowhere"}, Job("PBS", "12.server")),
@@ -54,7 +59,7 @@ def test_pbs_names_its_ranks_in_a_file(tmp_path: Path) -> None:
 
 
 def test_a_job_is_told_in_a_line() -> None:
-    told = "Slurm job 4713, task 2 of array 4711, on alps, 4 nodes, 32 ranks, requeued 2 times"
+    told = "Slurm job 4711_2, task 2 of array 4711, on alps, 4 nodes, 32 ranks, requeued 2 times"
     assert str(find_job(SLURM)) == told
     assert str(Job("PBS", "12", restarts=1, nodes=1, ranks=1)) == "PBS job 12, 1 node, 1 rank, requeued 1 time"
     assert str(Job()) == "no batch job"

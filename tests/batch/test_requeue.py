@@ -15,6 +15,7 @@ from .fakes import Programs
     ("job", "command"),
     [
         (Job("Slurm", "4711"), ["scontrol", "requeue", "4711"]),
+        (Job("Slurm", "4711_2", array="4711", task="2"), ["scontrol", "requeue", "4711_2"]),
         (Job("PBS", "12.server"), ["qrerun", "12.server"]),
         (Job("LSF", "7[3]"), ["brequeue", "7[3]"]),
         (Job("Flux", "ƒ2Ab"), None),

@@ -170,3 +170,5 @@ def test_whether_another_job_has_ended(programs: Programs, body: str, ended: boo
     assert programs.calls == [["squeue", "--noheader", "--states=all", "--format=%T", "--jobs=12"]]
     assert not has_ended(Job("PBS", "12")) and not has_ended(Job("Slurm", "1;x"))
     assert len(programs.calls) == 1
+    assert has_ended(Job("Slurm", "12_3")) == ended
+    assert programs.calls[1][-1] == "--jobs=12_3"

@@ -115,10 +115,12 @@ def test_what_the_scheduler_says_is_the_error(programs: Programs, capsys: pytest
 def test_nothing_is_written_or_submitted_that_does_not_fit(
     programs: Programs, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("here.toml").write_text('batch.scheduler = "none"')
     for words in (
         ["--scheduler=slurm", "--ranks-per-node=3"],
         ["--scheduler=slurm", "layout.tp=3"],
         ["--scheduler=none", "--submit"],
+        ["--site=here.toml"],
         ["--scheduler=slurm", "--chain=0"],
         ["--scheduler=slurm", "--site=nowhere.toml"],
         ["--scheduler=slurm", "--noodles=2"],
@@ -158,20 +160,56 @@ def test_there_are_scripts_in_jobs() -> None:
     assert {path.stem for path in READY} >= {"gpt", "sweep"}
 
 
+def study(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """The table of jobs/scaling.sh."""
+    programs = Programs(repository / f"bin{len(list(repository.glob('bin*')))}")
+    programs.add("sbatch", "echo 1")
+    programs.add("hpcmp", f'exec "{sys.executable}" -m hpcmp "$@"')
+    programs.add("python", f'exec "{sys.executable}" "$@"')
+    monkeypatch.setenv("PATH", programs.path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(["bash", "jobs/scaling.sh", *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "error" not in done.stderr and "failed" not in done.stderr, done.stderr
+    return done.stdout
+
+
 def test_a_study_of_scaling_is_a_job_for_each_number_of_nodes(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs = Programs(repository / "bin")
-    programs.add("sbatch", "echo 1")
-    programs.add("hpcmp", f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -m hpcmp "$@"')
-    monkeypatch.setenv("PATH", programs.path)
     words = ["jobs/gpt.toml", "jobs/sites/gpu-cluster.toml", "4", "layout.tp=2"]
-    done = subprocess.run(["bash", "jobs/scaling.sh", *words], capture_output=True, text=True, timeout=50)
-    assert done.returncode == 0, done.stderr
-    assert [call[-1] for call in programs.calls if call[0] == "sbatch"] == [
-        f"runs/scaling/{n}.sbatch" for n in (1, 2, 4)
+    told = study(repository, monkeypatch, *words)
+    runs = [f"runs/scaling/{run}" for run in ("strong-1", "strong-2", "strong-4", "weak-2", "weak-4")]
+    assert sorted(map(str, Path("runs/scaling").glob("*.sh"))) == [f"{run}.sh" for run in runs]
+    assert "train.batch=512 " in Path("runs/scaling/strong-4.sh").read_text()
+    text = Path("runs/scaling/weak-4.sh").read_text()
+    assert "layout.tp=2" in text and "train.batch=2048 " in text and "#SBATCH --nodes=4" in text
+    assert told.count("not finished") == 6
+    calls = Path("bin0/calls").read_text()
+    assert [line.split("\t")[-1] for line in calls.splitlines() if line.startswith("sbatch")] == [
+        f"{r}.sh" for r in runs
     ]
-    assert "layout.tp=2" in Path("runs/scaling/4.sbatch").read_text()
+
+
+@pytest.mark.timeout(120)
+def test_a_study_of_scaling_runs_here_without_a_scheduler(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.txt").write_text("all work and no play\n" * 200)
+    assert main(["data", "prepare", "c.txt", "--output", "c.h5"]) == 0
+    Path("c.toml").write_text('[model]\nlayers = 1\nhidden = 8\nheads = 2\nsequence = 8\n[data]\npath = "c.h5"\n')
+    Path("here.toml").write_text('batch.scheduler = "none"\nlaunch.bind = "none"')
+    words = ["c.toml", "here.toml", "2", "train.steps=3", "optimizer.warmup=0", "train.batch=4"]
+    rows = [line.split() for line in study(repository, monkeypatch, *words).splitlines()]
+    assert rows[0] == ["ranks", "batch", "s/step", "tokens/s", "efficiency"]
+    assert [row[:3] for row in rows[1:]] == [
+        ["strong", "1", "4"],
+        ["strong", "2", "4"],
+        ["weak", "1", "4"],
+        ["weak", "2", "8"],
+    ]
+    for kind in rows[1:3], rows[3:5]:
+        assert kind[0][5] == "100%"
+        rates = [float(row[4].replace(",", "")) for row in kind]
+        assert float(kind[1][5][:-1]) == pytest.approx(100 * rates[1] / rates[0] / 2, abs=1)
+    assert [line.split() for line in study(repository, monkeypatch, *words).splitlines()] == rows, "nothing runs twice"
 
 
 @pytest.mark.parametrize("site", sorted((ROOT / "jobs" / "sites").glob("*.toml")), ids=lambda path: path.stem)

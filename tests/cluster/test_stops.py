@@ -51,11 +51,18 @@ def test_a_job_that_is_cancelled_has_saved_its_last_step_and_the_next_of_the_cha
     assert third.losses == unlimited.losses, "a job that comes after the end of the run changes nothing"
 
 
-def test_jobs_of_an_array_are_runs_of_their_own(cluster: Cluster, unlimited: Job) -> None:
+def test_a_run_of_an_array_goes_on_alone(cluster: Cluster, unlimited: Job) -> None:
+    """One of them has the id by which Slurm means the whole array."""
     folder = cluster.run("array")
-    whole = cluster.write(folder, "--submit", "--array=train.seed=0,1")["ids"][0]
+    whole = cluster.write(folder, "--submit", "--array=train.seed=0,1", pace=0.3)["ids"][0]
     jobs = [Job(folder, f"{whole}_{i}", f"run/{i}-train.seed={seed}") for i, seed in ((1, 0), (2, 1))]
+    for job in jobs:
+        job.at_step(12)
+    told = next(job for job in jobs if job.facts()["JobId"] == whole)
+    command("scancel", "--signal=USR1", told.id)
     assert [job.wait() for job in jobs] == ["COMPLETED"] * 2, jobs[0].output + jobs[1].output
+    assert [job.facts()["Restarts"] for job in jobs] == [str(int(job is told)) for job in jobs]
+    assert [len(job.attempts) for job in jobs] == [1 + (job is told) for job in jobs] and told.repeated == 0
     assert jobs[0].losses == unlimited.losses
     assert jobs[1].losses != unlimited.losses
 

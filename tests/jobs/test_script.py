@@ -4,97 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpcmp.errors import InputError
-from hpcmp.jobs import Job, load_site, make_job, script
-from tests.batch.fakes import Programs
-
-CONFIG = "[model]\nlayers = 4\nheads = 8\n[layout]\ntp = 2\npp = 2\n"
-SCHEDULERS = ("slurm", "pbs", "lsf", "flux", "none")
-
-#: A launcher that ends with the codes in ``codes``, one after the other, and runs nothing on the nodes in ``dead``.
-#: "wait": it ends with 75 once it has got USR1. "lose NODE": with 137, and the node is dead.
-LAUNCHER = """
-for a; do last=$a; case $a in --nodelist=*) node=${a#*=} ;; esac; done
-if [ "$last" = true ]; then ! grep -qx "$node" dead; exit; fi
-read -r code node <codes && sed -i 1d codes
-case $code in
-wait) trap 'exit 75' USR1; touch started; while :; do sleep 0.02; done ;;
-lose) printf '%s\\n' $node >>dead; exit 137 ;;
-*) exit $code ;;
-esac
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The path of a configuration whose layout needs a multiple of 4 ranks, in the current directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("gpt.toml").write_text(CONFIG)
-    return "gpt.toml"
-
-
-def job(config: str, scheduler: str = "slurm", *overrides: str, **more: Any) -> Job:
-    settings = {"nodes": 1 if scheduler == "none" else 3, "ranks_per_node": 4, "time": "2:00:00"} | more
-    return make_job(config, overrides, scheduler=scheduler, **settings)
-
-
-class Cluster:
-    """Programs of a Slurm, and a job's script that runs among them, on the nodes n1, n2 and n3."""
-
-    def __init__(self, made: Job, *codes: str) -> None:
-        self.folder = Path.cwd()
-        self.programs = Programs(self.folder / "bin")
-        for name in "srun", "mpirun":
-            self.programs.add(name, LAUNCHER)
-        self.programs.add("scontrol", '[ "$1" != show ] || printf "n1\\nn2\\nn3\\n"')
-        self.programs.add("squeue", "cat state")
-        for name in "sbatch", "hpcmp":
-            self.programs.add(name, "")
-        (self.folder / "codes").write_text("".join(f"{code}\n" for code in codes))
-        (self.folder / "dead").touch()
-        (self.folder / "state").write_text("RUNNING\n")
-        (self.folder / "script").write_text(script(made))
-
-    def start(self, **environ: str) -> subprocess.Popen[str]:
-        slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_ON_NODE": "8"}
-        env = dict(os.environ) | {"PATH": self.programs.path} | slurm | environ
-        return subprocess.Popen(["bash", "script"], env=env, stderr=subprocess.PIPE, text=True, cwd=self.folder)
-
-    def run(self, **environ: str) -> int:
-        """The exit code of the script."""
-        process = self.start(**environ)
-        self.said = process.communicate(timeout=30)[1]
-        return process.returncode
-
-    def calls(self, *words: str) -> list[list[str]]:
-        """The calls that begin with ``words``."""
-        return [call for call in self.programs.calls if call[: len(words)] == list(words)]
-
-    @property
-    def steps(self) -> list[list[str]]:
-        """The calls that started ranks."""
-        return [call for call in self.programs.calls if "train" in call]
-
-
-REQUEUE = ["scontrol", "requeue", "12"]
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("array", [None, "train.seed=1,2"])
-@pytest.mark.parametrize("requeue", [True, False])
-def test_bash_reads_every_script(config: str, scheduler: str, array: str | None, requeue: bool) -> None:
-    Path("site.toml").write_text(f"batch.requeue = {str(requeue).lower()}\nnode.cores = 8\nnode.gpus = 4")
-    text = script(job(config, scheduler, array=array, site=load_site("site.toml")))
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    assert max(map(len, text.splitlines())) < 200
+from hpcmp.jobs import load_site
+from tests.jobs.cluster import LAUNCHER, REQUEUE, Cluster, job
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 70, 78])
@@ -155,10 +72,7 @@ def test_signals_reach_the_ranks_and_only_the_limit_requeues(
 ) -> None:
     cluster = Cluster(job(config), "wait")
     process = cluster.start()
-    end = time.monotonic() + 20
-    while not Path("started").exists():
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.02)
+    cluster.until("started", process)
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode == 75  # of the launcher, which got USR1
@@ -210,34 +124,6 @@ def test_mpirun_that_ends_with_0_after_a_node_was_lost_is_not_believed(config: s
     assert [call[2] for call in cluster.steps] == ["n1:4,n2:4,n3:4", "n1:4,n2:4"]
 
 
-def test_hostile_names_stay_words(tmp_path: Path, config: str) -> None:
-    odd = 'a "b" $(touch pwned) `touch pwned`; \'c.toml'
-    Path(odd).write_text(CONFIG)
-    value = "run.directory=x'; touch pwned; #"
-    made = job(odd, "slurm", value, name="two words; $(touch pwned)")
-    cluster = Cluster(made, "0")
-    assert cluster.run() == 0
-    assert cluster.steps[0][-4:] == ["train", odd, "train.requeue=true", value]
-    assert not (tmp_path / "pwned").exists()
-    assert "#SBATCH --job-name=two_words_touch_pwned" in script(made)
-    with pytest.raises(InputError, match="line break"):
-        job(config, "slurm", "run.directory=x\n#SBATCH --uid=0")
-
-
-def test_each_run_of_an_array_has_its_overrides_and_its_directory(config: str) -> None:
-    Path("sweep").write_text("# two runs\ntrain.seed=1 'data.path=with space'\n\noptimizer.betas=[0.8,0.9]\n")
-    made = job(config, array="sweep")
-    cluster = Cluster(made)
-    for number, words in ("1", ["train.seed=1", "data.path=with space"]), ("2", ["optimizer.betas=[0.8,0.9]"]):
-        Path("codes").write_text("0\n")
-        assert cluster.run(SLURM_ARRAY_TASK_ID=number) == 0
-        assert cluster.steps[-1][-len(words) - 1 : -1] == words
-        assert cluster.steps[-1][-1].startswith(f"run.directory=runs/gpt/{number}-")
-    assert cluster.run(SLURM_ARRAY_TASK_ID="3") == 2
-    by_value = job(config, array="optimizer.betas=[0.8,0.9],[0.9,0.95]").members
-    assert [member.overrides[1] for member in by_value] == ["optimizer.betas=[0.8,0.9]", "optimizer.betas=[0.9,0.95]"]
-
-
 def test_without_a_scheduler_the_time_is_the_runs_own(config: str) -> None:
     cluster = Cluster(job(config, "none"), "75")
     assert cluster.run() == 75
@@ -245,29 +131,74 @@ def test_without_a_scheduler_the_time_is_the_runs_own(config: str) -> None:
     assert "start this script again" in cluster.said
 
 
-def test_threads_are_the_cores_of_a_rank(config: str) -> None:
-    cluster = Cluster(job(config), "0")
-    cluster.programs.add("srun", 'echo "$OMP_NUM_THREADS" >threads')
-    assert cluster.run() == 0
-    assert Path("threads").read_text() == "2\n"  # 8 cores for 4 ranks
-    Path("site.toml").write_text("node.cores = 64\n[environment]\nNCCL_SOCKET_IFNAME = 'a b'")
-    text = script(job(config, site=load_site("site.toml")))
-    assert "export OMP_NUM_THREADS=16" in text and "--cpus-per-task=16" in text and "--cpu-bind=cores" in text
-    assert "export NCCL_SOCKET_IFNAME='a b'" in text
+@pytest.mark.parametrize("environ, requeue", [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "12"}, "12_2")])
+def test_a_run_of_an_array_requeues_itself_and_not_the_array(
+    config: str, environ: dict[str, str], requeue: str
+) -> None:
+    """One of the runs has the array's own id."""
+    cluster = Cluster(job(config, array="train.seed=1,2" if environ else None), "75")
+    assert cluster.run(SLURM_ARRAY_TASK_ID="2", **environ) == 75
+    assert cluster.programs.calls[-2:] == [
+        ["squeue", "-h", "-j", requeue, "-o", "%T"],
+        ["scontrol", "requeue", requeue],
+    ]
 
 
-@pytest.mark.parametrize(
-    "scheduler, lines",
-    [
-        ("slurm", ["#SBATCH --nodes=3", "#SBATCH --time=02:00:00", "#SBATCH --signal=B:USR1@120", "#SBATCH --requeue"]),
-        ("pbs", ["#PBS -l select=3:ncpus=8:mpiprocs=4:ngpus=2", "#PBS -l walltime=02:00:00", "#PBS -r y"]),
-        ("lsf", ["#BSUB -n 12", '#BSUB -R "span[ptile=4]"', "#BSUB -W 120", '#BSUB -r -Q "75"', '#BSUB -gpu "num=2"']),
-        ("flux", ["# flux: --nodes=3 --exclusive", "# flux: --time-limit=7200s"]),
-    ],
-)
-def test_directives(config: str, scheduler: str, lines: list[str]) -> None:
-    Path("site.toml").write_text("node.cores = 8\nnode.gpus = 2")
-    text = script(job(config, scheduler, site=load_site("site.toml"))).splitlines()
-    assert set(lines) <= set(text)
-    directives = [line.startswith(lines[0].split(" -")[0]) for line in text]
-    assert directives.index(False, 1) == 1 + sum(directives), "all directives come before the first command"
+def test_a_site_may_set_options_of_the_shell(config: str) -> None:
+    Path("site.toml").write_text('shell.setup = "set -euo pipefail"')
+    cluster = Cluster(job(config, site=load_site("site.toml")), "75")
+    assert cluster.run() == 75
+    assert cluster.programs.calls[-1] == REQUEUE
+
+
+def test_a_squeue_without_an_answer_keeps_no_job_from_being_requeued(config: str) -> None:
+    cluster = Cluster(job(config), "75")
+    cluster.programs.add("squeue", "exit 1")
+    assert cluster.run() == 75
+    assert cluster.programs.calls[-1] == REQUEUE
+
+
+def test_where_no_node_answers_none_is_taken_for_lost(config: str) -> None:
+    """The script runs on one of them, so it is the question that fails; requeueing would never end."""
+    cluster = Cluster(job(config), "137", "139", "0")
+    (cluster.folder / "dead").write_text("n1\nn2\nn3\n")
+    assert cluster.run() == 139
+    assert len(cluster.steps) == 2 and REQUEUE not in cluster.programs.calls
+
+
+def test_a_run_without_progress_ends_the_job_whatever_nodes_are_lost(config: str) -> None:
+    cluster = Cluster(job(config), "78", "0")
+    (cluster.folder / "dead").write_text("n2\n")
+    assert cluster.run() == 78
+    assert len(cluster.steps) == 1 and REQUEUE not in cluster.programs.calls
+
+
+def test_a_limit_that_comes_after_a_crash_requeues_the_job(config: str) -> None:
+    cluster = Cluster(job(config), "137", "0")
+    cluster.programs.add("srun", 'for a; do last=$a; done; [ "$last" != true ] || { touch asked; sleep 1; }' + LAUNCHER)
+    process = cluster.start()
+    cluster.until("asked", process)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert len(cluster.steps) == 1 and cluster.programs.calls[-1] == REQUEUE
+
+
+#: As mpirun does: it hands on USR1, and ends its ranks at INT, also where it was started with INT ignored.
+MPIRUN = """\
+import signal, sys
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+open("started", "w").close()
+signal.pause()
+"""
+
+
+def test_ctrl_c_has_the_ranks_save(config: str) -> None:
+    cluster = Cluster(job(config, "none"))
+    cluster.programs.add("mpirun", f"exec {sys.executable} -SEc '{MPIRUN}'")
+    process = cluster.start()
+    cluster.until("started", process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.communicate(timeout=20)
+    assert process.returncode == 75
