@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .training.config import Config as Config
     from .training.config import load_config as load_config
     from .training.generate import Generator as Generator
+    from .training.recovery import Recovery as Recovery
     from .training.trainer import Trainer as Trainer
 
 _PLACES = {
@@ -37,6 +38,7 @@ _PLACES = {
     "Config": "training.config",
     "load_config": "training.config",
     "Generator": "training.generate",
+    "Recovery": "training.recovery",
     "Trainer": "training.trainer",
 }
 __all__ = ["__version__", *_PLACES]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..comm.base import Pending
 from ..errors import CheckpointError
 from ..plain import PlainFile
 from .slab import BLOCK
@@ -140,23 +141,32 @@ def _rounds(moves: Sequence[Move]) -> list[list[Move]]:
 
 
 def _send(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
-    comm: Any = mesh.comm
     with _File(folder / move.name, PlainFile, errors) as file:
         for block in _blocks(move.bytes):
             file.read(block)
-            request = comm.Isend(block, move.target, _TAG)
+            sent = _begun("send", block, move.target, mesh)
             yield
-            request.Wait()
+            sent.wait()
 
 
 def _receive(move: Move, folder: Path, mesh: Mesh, errors: list[OSError]) -> Iterator[None]:
-    comm: Any = mesh.comm
     with _File(partial(folder / move.name), _new, errors) as file:
         for block in _blocks(move.bytes):
-            request = comm.Irecv(block, move.source, _TAG)
+            received = _begun("recv", block, move.source, mesh)
             yield
-            request.Wait()
-            file.write(block)
+            file.write(received.wait())
+
+
+def _begun(operation: str, block: Any, peer: int, mesh: Mesh) -> Pending:
+    """A message of bytes between ranks of the mesh, on its way and recorded.
+
+    Not by a communicator of the mesh: that of all ranks would be made for this alone.
+    """
+    comm: Any = mesh.comm
+    record = mesh.flight.begin(operation, block.dtype, block.size, peer, _TAG)
+    pending = Pending(block, [(comm.Isend if operation == "send" else comm.Irecv)(block, peer, _TAG)])
+    pending.record = record
+    return pending
 
 
 def _blocks(size: int) -> Iterator[Any]:

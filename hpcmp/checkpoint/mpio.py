@@ -14,7 +14,7 @@ import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,17 +24,26 @@ from .digest import Running
 from .storage import Storage
 from .writer import Part
 
+if TYPE_CHECKING:
+    from ..comm.mesh import Mesh
+
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write(
-    path: Path, parts: Sequence[Part], rounds: Mapping[str, int], storage: Storage, comm: Any, at: Callable[[str], None]
+    path: Path,
+    parts: Sequence[Part],
+    rounds: Mapping[str, int],
+    storage: Storage,
+    mesh: Mesh,
+    at: Callable[[str], None],
 ) -> list[str]:
     """Write each part into its dataset, and read it back, as ``writer.write`` does; returns the parts' digests.
 
-    Collective over the mpi4py communicator ``comm``. rounds: the tensors that are written by all ranks together, and in
-    how many blocks, the same on all ranks; a rank that has fewer blocks, or has failed, takes part with none, so that
-    nobody waits for it. The others each rank writes when it likes. Raises OSError, once the file is closed.
+    Collective over ``mesh``, whose recorder tells what ranks wait in here. rounds: the tensors that are written by all
+    ranks together, and in how many blocks, the same on all ranks; a rank that has fewer blocks, or has failed, takes
+    part with none, so that nobody waits for it. The others each rank writes when it likes. Raises OSError, once the
+    file is closed.
     """
     import h5py
 
@@ -49,14 +58,14 @@ def write(
         by_name.setdefault(part[0].path, []).append((part, mine))
     failures: list[Exception] = []
     with _kept(failures):
-        _make_room(path, reserve=comm.rank == 0)
-    if comm.allreduce(len(failures)):
+        _make_room(path, reserve=mesh.rank == 0)
+    if any(mesh.gather_objects(bool(failures))):
         if failures:
             raise failures[0]
         return [mine.hexdigest() for mine in running]  # of nothing: it is raised on another rank
     info = start_mpi().Info.Create(storage.info())
     with ExitStack() as stack:
-        with h5py.File(path, "r+", driver="mpio", comm=comm, info=info) as file:
+        with _opened(path, mesh, info) as file:
             with _kept(failures):
                 held = stack.enter_context(open(path, "rb"))
                 for name, pairs in by_name.items():
@@ -71,7 +80,7 @@ def write(
                     found = None
                     with _kept(failures):
                         found = None if failures else next(blocks, None)
-                    with _kept(failures):
+                    with _kept(failures), mesh.flight.blocking("MPI-IO write"):
                         _put(dataset, found, together)
                 at("write")
         info.Free()
@@ -80,6 +89,20 @@ def write(
         digests = [mine.hexdigest() for mine in running]
         writer.settle(path, held.fileno(), parts, digests, at, storage.verify)
     return digests
+
+
+@contextmanager
+def _opened(path: Path, mesh: Mesh, info: Any) -> Iterator[Any]:
+    """The file, opened and closed by all ranks together."""
+    import h5py
+
+    with mesh.flight.blocking("MPI-IO open"):
+        file = h5py.File(path, "r+", driver="mpio", comm=mesh.comm, info=info)
+    try:
+        yield file
+    finally:
+        with mesh.flight.blocking("MPI-IO close"):
+            file.close()
 
 
 def _make_room(path: Path, reserve: bool) -> None:

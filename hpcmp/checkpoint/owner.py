@@ -16,6 +16,8 @@ from typing import Any
 from ..batch import Job as Job
 from ..batch import find_job, has_ended
 
+_dead: set[tuple[str, int, int | None]] = set()
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -75,6 +77,8 @@ class Owner:
 
     def death(self) -> str | None:
         """How it is known that the process runs no more; None if it does, or nobody here knows. Takes 10 s at most."""
+        if self.process in _dead:
+            return "MPI has lost that process"
         if self.is_here:
             return self._death_here()
         mine = find_job()
@@ -91,6 +95,11 @@ class Owner:
         if start is not None and self.start is not None and start != self.start:
             return "that process has ended, and its number is another's now"
         return None
+
+
+def declare_dead(owner: Owner) -> None:
+    """This process has learnt that another one has ended, wherever that ran."""
+    _dead.add(owner.process)
 
 
 def this_process() -> Owner:

@@ -228,7 +228,7 @@ class Saver:
         share.lay_out(folder, plan, self.storage)
 
     def _write(self, folder: Path, plan: Plan, snapshot: Snapshot) -> share.Written:
-        return share.write(folder, plan, snapshot.slabs, self.storage, self.mesh.comm, self._at)
+        return share.write(folder, plan, snapshot.slabs, self.storage, self.mesh, self._at)
 
     def _commit(self, folder: Path, plan: Plan, gathered: list[share.Written], snapshot: Snapshot) -> None:
         """What is left to rank 0 when all ranks have written. Not to be given up half way."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import mpio, reader, writer
 from .manifest import DataFile, Manifest, Piece, Tensor
 from .plan import WHOLE, Plan
 from .slab import Slab
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from ..comm.mesh import Mesh
 
 Written = tuple[dict[str, DataFile], list[tuple[str, Piece]]]  # by one rank: the files it laid out, its pieces
 
@@ -25,11 +28,11 @@ def lay_out(folder: Path, plan: Plan, storage: Storage) -> None:
 
 
 def write(
-    folder: Path, plan: Plan, slabs: Sequence[Slab], storage: Storage, comm: Any, at: Callable[[str], None]
+    folder: Path, plan: Plan, slabs: Sequence[Slab], storage: Storage, mesh: Mesh | None, at: Callable[[str], None]
 ) -> Written:
     """Write this rank's slabs (``plan.places``) to its file, which is laid out, and read them back.
 
-    comm: of the ranks that write together, if ``plan.collective``; else no call of MPI is made. Raises OSError, also if
+    mesh: of the ranks that write together, if ``plan.collective``; else no call of MPI is made. Raises OSError, also if
     something does not read back as it was written.
     """
     pieces: list[tuple[str, Piece]] = []
@@ -37,8 +40,8 @@ def write(
     if slabs or plan.collective:
         places = zip(plan.targets, slabs, plan.places, strict=True)
         parts = [(target, slab, region) for target, slab, (_, _, region) in places]
-        if plan.collective and comm is not None:
-            digests = mpio.write(path, parts, plan.rounds, storage, comm, at)
+        if plan.collective and mesh is not None and mesh.comm is not None:
+            digests = mpio.write(path, parts, plan.rounds, storage, mesh, at)
         else:
             digests = writer.write(path, parts, at, storage.verify)
         for (target, slab, region), digest in zip(parts, digests, strict=True):

@@ -11,12 +11,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from ..comm.detect import launcher
+from ..comm.detect import alone, launcher, start_mpi
 from ..errors import HpcmpError, InputError
 
 OK, FAILED, BAD_INPUT, OUT_OF_STEP, INTERNAL, CONTINUE, STUCK, SIGNAL = 0, 1, 2, 69, 70, 75, 78, 128
@@ -27,7 +28,8 @@ EXIT_CODES = {
     "1": "a check that was asked for failed: gradients or replicas differ, a checkpoint is damaged, doctor found a "
     "problem; or a loss is no number, or a checkpoint could not be saved",
     "2": "bad input, or a directory that another run is using: one line on stderr names the file, key or flag",
-    "69": "a rank is gone, never came to a collective, or called another one: the verdict is on stderr",
+    "69": "a rank is gone, never came to a collective, called another one, or got an error from MPI: the verdict is on "
+    "stderr",
     "70": "an internal error, or an exception on a rank: its traceback is on stderr, and names the rank",
     "75": "stopped early with a checkpoint, at the time limit or by SIGTERM, SIGUSR1 or SIGUSR2: run it again to go on",
     "78": "as 75, but not requeued (train.requeue): it began three times at one step, so running it again is no use",
@@ -61,7 +63,8 @@ class Parser(argparse.ArgumentParser):
 #: The parent of every command's parser: ``subparsers.add_parser(name, parents=[common.parent], help=...)``, followed by
 #: ``set_defaults(run=...)``, a function from the arguments to the result object, and if it has something to say on a
 #: terminal ``set_defaults(show=...)``, from the result to text. ``last``, if it is there, gets the result on rank 0
-#: when it has been printed. A result's "exit_code", 0 if absent, ends the process.
+#: when it has been printed. A result's "exit_code", 0 if absent, ends the process. Another rank than 0 prints where
+#: ``args.speaks`` says so.
 parent = Parser(add_help=False)
 parent.add_argument(
     "--json", action="store_true", help="print the result as one JSON object on stdout; logs go to stderr"
@@ -100,6 +103,14 @@ def log_to_stderr() -> Iterator[None]:
         log.setLevel(level)
 
 
+def log_all() -> None:
+    """Say all of the log from now on, as rank 0 does, in whose place this rank may be."""
+    for handler in logging.getLogger("hpcmp").handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.INFO)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+
+
 def to_json(value: Any) -> str:
     """``value`` as JSON on one line: NumPy numbers as numbers, NaN and infinities as null, paths as text."""
     return json.dumps(_plain(value), ensure_ascii=False)
@@ -130,7 +141,7 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
     """Print a command's result on rank 0, as JSON or as ``args.show`` makes of it; return its exit code."""
     code = int(result.get("exit_code", OK))
     rank, _, mpi = _world()
-    if rank == 0:
+    if getattr(args, "speaks", rank == 0):
         try:
             if args.json:
                 print(to_json(result | {"exit_code": code}))
@@ -165,18 +176,41 @@ def fail(error: BaseException, as_json: bool) -> int:
     Before MPI joins the ranks nobody can end the job. Then rank 0 speaks, and after its turn the first rank of each
     host, which alone may lack a file; of a command line that is wrong everywhere, rank 0 alone. A launcher that ends
     the job at the first failed process has silenced the others by then: under it every rank speaks after its turn.
+    Under one whose processes wait in MPI_Init for those that have ended, MPI is started first, so that it can end them.
     """
+    started, (code, message) = launcher(), _explain(error)
+    if (
+        started is not None
+        and started.awaits_all
+        and "mpi4py.MPI" not in sys.modules
+        and not isinstance(error, UsageError)
+    ):
+        _join(code, message)
     rank, size, mpi = _world()
     _await_turn(rank)
-    code, message = _explain(error)
-    started = launcher()
     first_here = started is not None and started.local_rank == 0 and not isinstance(error, UsageError)
     if rank == 0 or mpi is not None or first_here or (started is not None and started.ends_job):
         _say(code, message, error, f"rank {rank} of {size} on host {socket.gethostname()}" if size > 1 else "", as_json)
-    if mpi is not None:
+    if mpi is not None and not alone(mpi):
         time.sleep(0.2)  # what was said reaches the terminal before what mpirun has to say, and is not lost
         mpi.COMM_WORLD.Abort(code)
     return code
+
+
+def _join(code: int, message: str) -> None:
+    """Start MPI, where the other ranks wait for this one; should they have ended, too, this one does in a minute."""
+
+    def give_up() -> None:
+        sys.stderr.write(f"hpcmp: error: {message}\n")
+        sys.stderr.flush()
+        os._exit(code)
+
+    timer = threading.Timer(60, give_up)
+    timer.daemon = True
+    timer.start()
+    with contextlib.suppress(Exception):  # no MPI, or another launcher's: then nobody waits in it
+        start_mpi()
+    timer.cancel()
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

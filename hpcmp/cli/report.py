@@ -10,9 +10,9 @@ from .checkpoint.text import page, plural, sizes, table
 from .common import add_command
 
 ABOUT = """\
-Summarise the run in the directory RUN: configuration, starts, loss, speed, where the time goes, slow ranks,
-checkpoints; why it hung, where its ranks left a diagnosis. It may be running: nothing of it is changed. Lines that were
-cut off or damaged are left out, and counted."""
+Summarise the run in the directory RUN: first how it has ended, and why where its ranks left word; then configuration,
+starts, loss, speed, where the time goes, slow ranks, checkpoints. It may be running: nothing of it is changed. Lines
+that were cut off or damaged are left out, and counted."""
 
 EXAMPLES = """\
 examples:
@@ -69,6 +69,7 @@ def show(result: dict[str, Any]) -> str:
     if result["skipped"]:
         rows.append(("skipped", plural(result["skipped"], "step")))
     rows += [("start", _start(start)) for start in result["starts"]]
+    rows += [("lost", _recovery(each)) for each in result["recoveries"]]
     rows += _saves(result["checkpoints"])
     for each in result["slow"]:
         rows.append(
@@ -78,11 +79,12 @@ def show(result: dict[str, Any]) -> str:
         rows.append(("damaged", f"{plural(result['damaged_lines'], 'line')} left out"))
     if result["plot"] or result["no_plot"]:
         rows.append(("plot", result["plot"] or f"none: {result['no_plot']}"))
-    lines = [result["directory"], *(f"  {name:13}{text}" for name, text in rows)]
+    ending, diagnosis = result["ending"], result["diagnosis"]
+    told = diagnosis[1:] if ending["how"] == "failed" else diagnosis  # the first is said already
+    lines = [f"{result['directory']}: {ending['text']}", *(f"  {line}" for line in told), ""]
+    lines += [f"  {name:13}{text}" for name, text in rows]
     if result["phases"]:
         lines += ["", *_phases(result["phases"])]
-    if result["diagnosis"]:
-        lines += ["", "why it hung:", *(f"  {line}" for line in result["diagnosis"])]
     return page(lines)
 
 
@@ -90,7 +92,16 @@ def _start(start: dict[str, Any]) -> str:
     layout = sizes(start["layout"]) if start["layout"] else "unknown layout"
     job = f", {start['job'].get('scheduler')} job {start['job'].get('id')}" if start["job"] else ""
     where = f"{plural(start['ranks'] or 0, 'rank')} on {plural(len(start['hosts']), 'host')}"
-    return f"{start['time']} after step {start['step']}: {where} ({layout}), hpcmp {start['hpcmp']}{job}"
+    end = f"; to step {start['end'].get('step')}: {start['end'].get('reason')}" if start["end"] else ""
+    return f"{start['time']} after step {start['step']}: {where} ({layout}), hpcmp {start['hpcmp']}{job}{end}"
+
+
+def _recovery(found: dict[str, Any]) -> str:
+    ranks = ", ".join(f"rank {rank} on {host}" for rank, host in found["lost"].items()) or "a connection"
+    return (
+        f"{ranks}; {found['ranks']:g} ranks went on after step {found['step']:g}, {found['seconds']:.1f} s later, with "
+        f"{found['again']:g} steps to take again"
+    )
 
 
 def _saves(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,7 +117,7 @@ def _saves(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _phases(phases: dict[str, dict[str, Any]]) -> list[str]:
     """A table: seconds a step of each phase."""
-    rows: list[tuple[str, ...]] = [("phase", "mean", "fastest", "slowest rank", "most often")]
+    rows: list[tuple[str, ...]] = [("a step's", "mean", "fastest", "slowest rank", "most often")]
     for name, each in phases.items():
         seconds = [f"{each[key]:.4f} s" for key in ("mean", "least", "most")]
         rows.append((name, *seconds, f"rank {each['slowest']} ({each['slowest_share']:.0%})"))

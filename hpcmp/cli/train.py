@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from ..batch import requeue
-from .common import CONTINUE, OK, STUCK, add_command
+from .common import CONTINUE, OK, STUCK, add_command, log_all
 from .signals import stopping
 
 ABOUT = """\
@@ -42,13 +42,17 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train to the end; the summary."""
     from ..training.config import load_config
-    from ..training.trainer import Trainer
+    from ..training.recovery import Recovery
     from .world import world
 
-    config = load_config(args.config, args.overrides)
-    with Trainer(config, world()) as trainer, stopping(trainer.request_stop):
-        summary = trainer.train()
-    return summary | {"exit_code": OK if summary["finished"] else STUCK if summary["stuck"] else CONTINUE}
+    recovery = Recovery(load_config(args.config, args.overrides), world(), lead=log_all)
+    with stopping(recovery.request_stop):
+        summary = recovery.run(lambda trainer: trainer.train())
+    args.speaks = recovery.leads
+    if summary is None:  # this rank was a spare one to the end
+        return {"exit_code": OK}
+    code = OK if summary["finished"] else STUCK if summary["stuck"] else CONTINUE
+    return summary | {"lost": recovery.lost, "exit_code": code}
 
 
 def last(result: dict[str, Any]) -> None:
@@ -71,6 +75,9 @@ def show(result: dict[str, Any]) -> str:
         f"  checkpoint   {result['checkpoint']}",
         f"  metrics      {result['metrics']}",
     ]
+    if result["lost"]:
+        ranks = ", ".join(f"rank {rank} on {host}" for rank, host in result["lost"].items())
+        lines.append(f"  lost         {ranks}; the others went on")
     if "plot" in result:
         lines.append(f"  plot         {result['plot']}")
     return "\n".join(lines)

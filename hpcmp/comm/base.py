@@ -37,7 +37,7 @@ class Waited:
 
 #: Of communications that were given up while they ran (an exception between start and wait): MPI reads and writes their
 #: buffers when the other ranks come to it, so that no other array may ever get that memory.
-_ABANDONED: list[tuple[Any, ...]] = []
+ABANDONED: list[tuple[Any, ...]] = []
 
 
 class Pending:
@@ -89,7 +89,7 @@ class Pending:
 
     def __del__(self) -> None:
         if self.requests:
-            _ABANDONED.append((self.requests, self.result, self.keep))
+            ABANDONED.append((self.requests, self.result, self.keep))
 
 
 def give_way(tries: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -26,8 +27,9 @@ def start_mpi() -> Any:
     """
     import mpi4py
 
+    survives = "mpi4py.MPI" not in sys.modules and "OMPI_MCA_mpi_ft_enable" in os.environ  # mpirun --with-ft ulfm
     if "mpi4py.MPI" not in sys.modules:
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, not survives
     from mpi4py import MPI
 
     if not MPI.Is_initialized():
@@ -38,9 +40,31 @@ def start_mpi() -> Any:
         _choose_sums(os.environ)
         with _alone():
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if survives:
+            atexit.register(_finalize, MPI)
     if wrong := wrong_mpiexec(MPI.COMM_WORLD.size):
         raise InputError(wrong)
     return MPI
+
+
+def alone(mpi: Any) -> bool:
+    """Whether all other processes of the job are dead, as MPI knows: then there is nobody to abort, and Open MPI's
+    mpirun would take an abort for success."""
+    return bool(_dead(mpi) == mpi.COMM_WORLD.size - 1)
+
+
+def _dead(mpi: Any) -> int:
+    """How many processes of the job are dead, as MPI knows."""
+    try:
+        return int(mpi.COMM_WORLD.Get_failed().size)
+    except (NotImplementedError, mpi.Exception):  # an MPI whose processes do not outlive each other
+        return 0
+
+
+def _finalize(mpi: Any) -> None:
+    """At the end of a process that may outlive others. If it has, MPI_Finalize waits for them at times, for ever."""
+    if not _dead(mpi) and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def _choose_sums(environ: MutableMapping[str, str]) -> None:
@@ -99,12 +123,12 @@ def _other_mpi(vendor: str) -> str | None:
 
 def _start_with() -> str:
     library = mpi_library()
-    if own := _mpiexec(library):
+    if own := mpiexec(library):
         return f"start with {own}, which belongs to {library}"
     return f"start with the mpiexec that belongs to {library or 'the MPI library in use'}"
 
 
-def _mpiexec(library: Path | None) -> Path | None:
+def mpiexec(library: Path | None) -> Path | None:
     """The mpiexec installed with an MPI library: in ``bin`` beside or above the library's folder."""
     places = [] if library is None else [folder / "bin" for folder in list(library.parents)[:3]]
     names = (folder / name for folder in places for name in ("mpirun", "mpiexec"))
@@ -113,11 +137,12 @@ def _mpiexec(library: Path | None) -> Path | None:
 
 def mpi_library() -> Path | None:
     """The MPI library that this process has loaded."""
-    return _loaded(r"libmpi(_abi|_cray|_gnu_\d+|_ibm|_intel|_nvidia|ch)?\.so[.\d]*")
+    return next(iter(mpi_libraries()), None)
 
 
-def _loaded(name: str) -> Path | None:
-    return next(iter(loaded(name)), None)
+def mpi_libraries() -> list[Path]:
+    """All that it has loaded: more than one is one too many."""
+    return loaded(r"libmpi(_abi|_cray|_gnu_\d+|_ibm|_intel|_nvidia|ch)?\.so[.\d]*")
 
 
 def _function(library: Path | None, name: str) -> Any:

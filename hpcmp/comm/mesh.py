@@ -101,7 +101,9 @@ class Mesh:
         self.topology, self.sorted = found.placed, not found.in_order
         self.comm: MPI.Intracomm | None = None
         if comm is not None:
-            self.comm = cast("MPI.Intracomm", comm.Split(0, found.order.index(comm.rank)))
+            from .survive import hold
+
+            self.comm = hold(cast("MPI.Intracomm", comm.Split(0, found.order.index(comm.rank))))
         self.rank = 0 if self.comm is None else self.comm.rank
         #: The numbers of all ranks in MPI's world, those that mpirun and srun go by.
         self.launched = [0] if self.comm is None else _launched(self.comm)

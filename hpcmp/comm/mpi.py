@@ -15,6 +15,7 @@ from mpi4py import MPI
 from ..arrays import Array, array_module, is_half, wide
 from .base import Op, Pending
 from .layouts import Layouts, _then
+from .survive import hold
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX}
 _TAG = 32767  # of all_to_all's messages: the largest that every MPI has, left to it by the callers of send and recv
@@ -83,7 +84,7 @@ class MpiCommunicator(Layouts):
     largest = 2**31 - 1
 
     def __init__(self, comm: MPI.Intracomm, *, staged: bool = False) -> None:
-        self.comm = comm
+        self.comm = hold(comm)
         self.rank, self.size = comm.rank, comm.size
         self.transport: Direct = Staged() if staged else Direct()
 
@@ -127,7 +128,7 @@ class MpiCommunicator(Layouts):
         return Pending(buffer, requests, lambda y: move.arrived(y, like))
 
     def duplicate(self) -> MPI.Intracomm:
-        return self.comm.Dup()
+        return hold(self.comm.Dup())
 
     def close(self) -> None:
         self.comm.Free()

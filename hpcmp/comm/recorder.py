@@ -27,7 +27,9 @@ LENGTH = 1024  # records that are kept
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: Files whose lines tell nothing about a call: they pass it on.
-_PASS_ON = tuple(str(_PACKAGE / name) for name in ("comm/", "collectives.py", "checkpoint/agree.py"))
+_PASS_ON = tuple(
+    str(_PACKAGE / name) for name in ("comm/", "collectives.py", "checkpoint/agree.py", "checkpoint/moves.py")
+)
 _inside: dict[str, bool] = {}  # by file name: whether it is one of these
 
 
@@ -37,10 +39,12 @@ class Record:
     count: elements of the whole message, on every rank the same: of the result of an ``all_gather``, of the argument of
     all else; of an ``all_to_all`` those of this rank's argument. peer: the root, or the other side of a message, as a
     number within the group. waits: since when the process blocks in it. event: tells of an operation on a GPU, for
-    which nobody blocks, whether it is over.
+    which nobody blocks, whether it is over. failed: whether an error has ended the wait for it.
     """
 
-    __slots__ = tuple("flight sequence operation dtype count peer tag code instruction start waits end event".split())
+    __slots__ = tuple(
+        "flight sequence operation dtype count peer tag code instruction start waits end event failed".split()
+    )
 
     flight: Flight
     sequence: int | None
@@ -55,6 +59,7 @@ class Record:
     waits: float | None
     end: float | None
     event: Any
+    failed: bool
 
     def block(self) -> None:
         """The process waits for it from now on."""
@@ -62,9 +67,11 @@ class Record:
         RECORDER.blocked.append(self)
 
     def leave(self, done: bool = True) -> None:
-        """The process waits no more: it is over, or has failed."""
+        """The process waits no more: it is over, or an error has ended the wait."""
         if done:
             self.finish()
+        else:
+            self.failed = True
         RECORDER.blocked.remove(self)
 
     def finish(self) -> None:
@@ -114,6 +121,7 @@ class Flight:
             frame = frame.f_back
         record.code, record.instruction = frame.f_code, frame.f_lasti
         record.waits = record.end = record.event = None
+        record.failed = False
         record.start = time.monotonic()
         RECORDER.records.append(record)
         return record
@@ -149,6 +157,11 @@ class Recorder:
         self.blocked: list[Record] = []
         self.flights: list[Flight] = []
         self.made: dict[tuple[str, tuple[int, ...]], int] = {}
+
+    def forget(self) -> None:
+        """All communicators are given up."""
+        for each in (self.records, self.blocked, self.flights, self.made):
+            each.clear()
 
     def overdue(self, seconds: float) -> Record | None:
         """The oldest operation that the process, or a GPU, has waited for longer than this; safe in any thread."""
@@ -192,6 +205,7 @@ class Recorder:
 def _plain(record: Record, places: dict[Flight, int], blocked: Sequence[Record], offset: float) -> dict[str, Any]:
     waits = record.waits if record in blocked else None if record.event is None else record.start
     times = {"start": record.start, "waits": waits, "end": record.end}
+    state = "failed" if record.failed else "started" if record.end is None else "finished"
     return {
         "group": places[record.flight],
         "sequence": record.sequence,
@@ -201,7 +215,7 @@ def _plain(record: Record, places: dict[Flight, int], blocked: Sequence[Record],
         "peer": record.peer,
         "tag": record.tag,
         "site": record.site,
-        "state": "started" if record.end is None else "finished",
+        "state": state,
         **{name: None if at is None else at + offset for name, at in times.items()},
     }
 

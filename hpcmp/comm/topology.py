@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..batch import switches_above as switches_above
 from ..errors import InputError
@@ -79,11 +79,13 @@ def find(comm: MPI.Intracomm | None) -> Topology:
         return Topology()
     from mpi4py import MPI
 
+    from .survive import hold
+
     if (forced := os.environ.get("HPCMP_NODES")) is not None:
         node, switch = planned(forced, MPI.COMM_WORLD.rank), ""
         name = f"node {node} of HPCMP_NODES"
     else:
-        shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        shared = hold(cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED)))
         node, name, switch = shared.bcast(comm.rank), socket.gethostname(), switches_above(os.environ)
         shared.Free()
     return of_keys(comm.allgather((node, name, switch)))

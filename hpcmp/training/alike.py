@@ -27,10 +27,12 @@ def check_alike(config: Config, comm: MPI.Intracomm | None) -> None:
     each unless they differ."""
     if comm is None or comm.size == 1:
         return
+    from ..comm.survive import hold
+
     mine = {f"{section}.{key}": value for section, table in config.to_dict().items() for key, value in table.items()}
     mine |= {"hpcmp": code()}
     text = repr(sorted(mine.items()))
-    own = comm.Dup()
+    own = hold(comm.Dup())
     try:
         digests = own.allgather(hashlib.blake2b(text.encode(), digest_size=16).digest())
         found = own.allgather(mine) if len(set(digests)) > 1 else []

@@ -61,6 +61,8 @@ class Config:
             raise InputError(f"checkpoint.keep_every = {c.keep_every} is no multiple of checkpoint.every = {every}")
         if (c.local is None) != (c.local_every is None):
             raise InputError("checkpoint.local and checkpoint.local_every need each other: where, and how often")
+        if train.spares and not train.recover:
+            raise InputError(f"train.spares = {train.spares} needs train.recover = true")
         self.layout.blocks(self.model.layers)
         _check_experts(self.model, self.layout)
         return dataclasses.replace(
@@ -69,6 +71,7 @@ class Config:
             train=train,
             optimizer=self.optimizer.resolved(train.steps),
             layout=self.layout.resolved(ranks),
+            communication=_recoverable(self) if train.recover else self.communication,
             checkpoint=fill(self.checkpoint, directory=str(Path(run.directory) / "checkpoints")),
             run=run,
         )
@@ -93,6 +96,19 @@ class Config:
 
 #: The class of every section, in the order of the file.
 SECTIONS: dict[str, type[Section]] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
+
+
+def _recoverable(config: Config) -> Communication:
+    """The communication of a run that outlives its ranks: all of it must notice that one has died. Raises InputError
+    for what does not."""
+    deaf = ("train.device", "cuda"), ("checkpoint.storage", "mpio"), ("communication.shared_memory", "yes")
+    for key, value in deaf:
+        section, _, name = key.partition(".")
+        if getattr(getattr(config, section), name) == value:
+            raise InputError(
+                f'train.recover = true does not go with {key} = "{value}", where nobody notices that a rank has died'
+            )
+    return dataclasses.replace(config.communication, shared_memory="no")
 
 
 def _check_experts(model: Model, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""What the dumps of a run's ranks tell about why it hung: which rank is missing where, and who disagrees on what.
+"""What a run's ranks left about its end: which rank is missing where, who disagrees on what, by which error one ended.
 
 Whatever ranks have called under one number of one communicator must be the same; a rank whose last number is below
 another's has not come to that call. A rank that others wait for may wait itself, for another one: those that wait for
@@ -11,11 +11,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..comm.check import ranks_text
 from .dumps import FOLDER, VERDICT, Alive, Call, Dump, Group, in_library, read_alive, read_dump
+from .failures import Failure, read_failures
 
 _SHOWN = 16  # lines at most of a kind
 
@@ -29,7 +31,8 @@ class Finding(NamedTuple):
 
 def diagnose(run: Path) -> list[str]:
     """What happened, in lines of text, the verdict first; of the run directory ``run``, by the dumps in its folder
-    ``diagnosis``. [] if no rank left one, nor crashed. Never raises for what the files hold: a damaged one is named."""
+    ``diagnosis``. [] if no rank left one, nor an error, nor crashed. Never raises for what the files hold: a damaged
+    one is named."""
     folder = run / FOLDER
     alive = dict(read_alive(folder)) if folder.is_dir() else {}
     verdict = folder / VERDICT
@@ -40,7 +43,11 @@ def diagnose(run: Path) -> list[str]:
     damaged = [f"{path} is damaged" for path, found in read if found is None]
     alive = {rank: each for rank, each in alive.items() if not (each.stuck and (rank in dumps or each.seen > said))}
     crashed = [Finding(f"rank {rank} {_crash(each)}") for rank, each in alive.items() if each.crash]
-    if not (paths or crashed):
+    failures = read_failures(folder)
+    for each in failures:
+        if each.rank in dumps:
+            dumps[each.rank] = replace(dumps[each.rank], place="the error above")
+    if not (paths or crashed or failures):
         return []
     dead = {rank for rank, each in alive.items() if each.crash}
     blocked = {rank for rank, found in dumps.items() if found.blocked}
@@ -48,9 +55,9 @@ def diagnose(run: Path) -> list[str]:
     roots = [finding for finding in waits if not blocked.issuperset(finding.culprits)]
     others = [finding for finding in waits if finding not in roots]
     gone = [finding for finding in _gone(dumps) if not dead.issuperset(finding.culprits)]
-    kinds = [crashed, gone, _disagreements(dumps), roots, others]
-    if others and not any(kinds[:4]):
-        kinds.insert(4, [Finding("ranks wait for one another:")])
+    kinds = [crashed, gone, _disagreements(dumps), _ended(failures, dumps), roots, others]
+    if others and not any(kinds[:5]):
+        kinds.insert(5, [Finding("ranks wait for one another:")])
     if not any(kinds):
         kinds.append(_stalled(dumps))
     lines = [line for kind in kinds for line in _shown([finding.text for finding in kind])]
@@ -83,7 +90,31 @@ def _crash(alive: Alive) -> str:
 
 def _gone(dumps: dict[int, Dump]) -> list[Finding]:
     gone = {rank: owner for found in dumps.values() for rank, owner in found.gone.items() if rank not in dumps}
-    return [Finding(f"rank {rank} is gone: {owner}", (rank,)) for rank, owner in sorted(gone.items())]
+    why = "a signal or want of memory has ended it"
+    return [Finding(f"rank {rank} is gone: {owner}; {why}", (rank,)) for rank, owner in sorted(gone.items())]
+
+
+def _ended(failures: list[Failure], dumps: dict[int, Dump]) -> list[Finding]:
+    """By what ranks have ended, the first of them first, and those together that say the same."""
+    by: dict[str, list[int]] = defaultdict(list)
+    for failure in failures:
+        found = dumps.get(failure.rank)
+        call = next((call for call in reversed(found.calls) if call.failed), None) if found else None
+        where = f", in {_told(call)}" if call else f", at {failure.place}" if failure.place else ""
+        by[failure.error + where + (_sent(call, failure.rank, dumps) if call else "")].append(failure.rank)
+    alone = failures and len(by) == 1 and len(failures) == failures[0].size  # all say it, as of bad input
+    return [Finding(said if alone else f"{ranks_text(ranks)}: {said}") for said, ranks in by.items()]
+
+
+def _sent(received: Call, rank: int, dumps: dict[int, Dump]) -> str:
+    """Of a message that has failed, what the other side sent."""
+    if received.operation == "recv" and received.peer is not None:
+        group, peer = received.group, received.group.ranks[received.peer]
+        for call in reversed(dumps[peer].calls if peer in dumps else []):
+            to = call.group.ranks[call.peer] if call.operation == "send" and call.peer is not None else None
+            if (call.group, to, call.tag) == (group, rank, received.tag):
+                return f"; rank {peer} last sent it {call.what.removeprefix('send ')} at {call.site}"
+    return ""
 
 
 def _disagreements(dumps: dict[int, Dump]) -> list[Finding]:
@@ -96,11 +127,13 @@ def _disagreements(dumps: dict[int, Dump]) -> list[Finding]:
     findings = []
     for group, numbers in called.items():
         for number, calls in sorted(numbers.items()):
-            if len({call.what for call in calls.values()}) > 1:
+            failed = any(call.failed for call in calls.values())
+            what = {rank: call.whole if failed else call.what for rank, call in sorted(calls.items())}
+            if len(set(what.values())) > 1:
                 by: dict[str, list[int]] = defaultdict(list)
-                for rank, call in sorted(calls.items()):
-                    by[f"{call.what} at {call.site}"].append(rank)
-                said = [f"{ranks_text(ranks)}: {what}" for what, ranks in by.items()]
+                for rank, text in what.items():
+                    by[f"{text} at {calls[rank].site}"].append(rank)
+                said = [f"{ranks_text(ranks)}: {text}" for text, ranks in by.items()]
                 findings.append(Finding(f"ranks disagree in collective {number} of {_name(group)}: {'; '.join(said)}"))
                 break
     return findings
@@ -123,7 +156,7 @@ def _missing(dumps: dict[int, Dump]) -> list[Finding]:
         places: dict[str, list[int]] = defaultdict(list)
         for rank in absent:
             places[_where(dumps.get(rank))].append(rank)
-        where = "; ".join(f"{ranks_text(ranks)} {place}" for place, ranks in places.items())
+        where = "; ".join(f"{ranks_text(ranks)} {_verb(place, len(ranks))}" for place, ranks in places.items())
         findings.append(
             Finding(
                 f"{ranks_text(absent)} {have} not joined {_numbered(call)} at {call.site}, in which "
@@ -141,9 +174,7 @@ def _messages(dumps: dict[int, Dump]) -> list[Finding]:
         for call in found.blocked:
             if call.tag is not None and call.peer is not None:
                 peer = call.group.ranks[call.peer]
-                way = "to" if call.operation == "send" else "from"
-                text = f"rank {rank} waits in {call.what} of {_name(call.group)} {way} rank {peer} (tag {call.tag}) "
-                text += f"at {call.site} since {found.time - (call.waits or 0):.0f} s; "
+                text = f"rank {rank} waits in {_told(call)} since {found.time - (call.waits or 0):.0f} s; "
                 findings.append(Finding(f"{text}rank {peer} {_where(dumps.get(peer))}", (peer,)))
     return findings
 
@@ -186,9 +217,22 @@ def _where(found: Dump | None) -> str:
     return f"is at {found.place}"
 
 
+def _verb(place: str, ranks: int) -> str:
+    """What ``_where`` says of one rank, of so many that are there."""
+    return place if ranks == 1 else re.sub("^is ", "are ", re.sub("^waits ", "wait ", place))
+
+
 def _waiters(calls: dict[int, Call], dumps: dict[int, Dump]) -> str:
     since = max(dumps[rank].time - (call.waits or 0) for rank, call in calls.items())
     return f"{ranks_text(list(calls))} wait{'s' if len(calls) == 1 else ''} since {since:.0f} s"
+
+
+def _told(call: Call) -> str:
+    """``all_reduce 1234 of dp (float32, 4096) at FILE:LINE``, ``recv (float32, 5) of pp from rank 1 (tag 6) at ..``."""
+    if call.tag is None or call.peer is None:
+        return f"{_numbered(call)} at {call.site}"
+    way = f"{'to' if call.operation == 'send' else 'from'} rank {call.group.ranks[call.peer]} (tag {call.tag})"
+    return f"{call.what} of {_name(call.group)} {way} at {call.site}"
 
 
 def _numbered(call: Call) -> str:

@@ -26,9 +26,13 @@ class Directories:
             if mesh.rank == 0:
                 _make("run.directory", self.run)
                 _make("checkpoint.directory", self.checkpoints)
-        with agreed(mesh, lambda who, why: InUseError(why)):
-            if mesh.rank == 0:
-                self._take()
+        try:
+            with agreed(mesh, lambda who, why: InUseError(why)):
+                if mesh.rank == 0:
+                    self._take()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def lost(self) -> str:
@@ -41,14 +45,10 @@ class Directories:
             lock.release()
 
     def _take(self) -> None:
-        try:
-            for folder in (self.run, self.checkpoints)[: 1 if self.run.samefile(self.checkpoints) else 2]:
-                lock = Lock(folder)
-                lock.take()
-                self._locks.append(lock)
-        except BaseException:
-            self.close()
-            raise
+        for folder in (self.run, self.checkpoints)[: 1 if self.run.samefile(self.checkpoints) else 2]:
+            lock = Lock(folder)
+            lock.take()
+            self._locks.append(lock)
 
 
 def _make(key: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ FOLDER = "diagnosis"  # in run.directory; and in it:
 HANG = "hang"  # asks every rank for its dump
 VERDICT = "verdict.txt"  # what was said
 
-_FORMAT = "hpcmp diagnosis 1"
+FORMAT = "hpcmp diagnosis 1"
 _LARGEST = 2**26  # bytes of a file that is read
 _MOST = 2**22  # ranks
 _PACKAGE = Path(__file__).resolve().parents[1]
+#: What a damaged file may raise.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
 
 
 def dump_name(rank: int) -> str:
@@ -39,10 +41,14 @@ def alive_name(rank: int) -> str:
 
 def dump(folder: Path, rank: int, size: int, why: str, gone: Mapping[int, str]) -> None:
     """Write what this process knows to its file in ``folder``; ``gone``: the ranks that it has seen die."""
-    told = {"format": _FORMAT, "rank": rank, "size": size, "pid": os.getpid(), "time": time.time(), "why": why}
-    told |= {"gone": dict(gone), **RECORDER.snapshot(), "threads": stacks()}
-    path = folder / dump_name(rank)
-    part = path.with_suffix(".part")
+    told = {"pid": os.getpid(), "why": why, "gone": dict(gone), **RECORDER.snapshot(), "threads": stacks()}
+    write_json(folder / dump_name(rank), rank, size, told)
+
+
+def write_json(path: Path, rank: int, size: int, told: dict[str, Any]) -> None:
+    """Write what a rank tells to its file, all of it or nothing. Raises OSError."""
+    told = {"format": FORMAT, "rank": rank, "size": size, "time": time.time()} | told
+    part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(told, indent=1), encoding="utf-8")
     part.replace(path)
 
@@ -53,10 +59,13 @@ def stacks() -> dict[str, list[str]]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main, found = threading.main_thread().ident, {}
     for number, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
-        lines = traceback.extract_stack(frame)
-        calls = [f"{_short(line.filename)}:{line.lineno} {line.name}: {line.line}".rstrip(": ") for line in lines]
-        found[names.get(number, f"thread {number}")] = calls
+        found[names.get(number, f"thread {number}")] = listed(traceback.extract_stack(frame))
     return found
+
+
+def listed(lines: Iterable[traceback.FrameSummary]) -> list[str]:
+    """``file:line function: code`` of each."""
+    return [f"{_short(line.filename)}:{line.lineno} {line.name}: {line.line}".rstrip(": ") for line in lines]
 
 
 def _short(file: str) -> str:
@@ -75,7 +84,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Call:
-    """A record of a dump; see ``hpcmp.comm.recorder``. Times in seconds since 1970."""
+    """A record of a dump; see ``hpcmp.comm.recorder``. Times in seconds since 1970. failed: whether an error has ended
+    the wait for it."""
 
     group: Group
     sequence: int | None
@@ -86,11 +96,19 @@ class Call:
     tag: int | None
     site: str
     waits: float | None
+    failed: bool
 
     @property
     def what(self) -> str:
         """What ranks must have alike: ``all_reduce (float32, 4096)``."""
-        count = None if self.operation == "all_to_all" else self.count
+        return self._said(None if self.operation == "all_to_all" else self.count)
+
+    @property
+    def whole(self) -> str:
+        """The same with the count of an ``all_to_all``, which need not be alike."""
+        return self._said(self.count)
+
+    def _said(self, count: int | None) -> str:
         root = None if self.peer is None or self.tag is not None else f"root {self.group.ranks[self.peer]}"
         facts = [str(fact) for fact in (self.dtype, count, root) if fact is not None]
         return f"{self.operation} ({', '.join(facts)})" if facts else self.operation
@@ -118,17 +136,17 @@ class Dump:
 def read_dump(path: Path) -> Dump | None:
     """The dump in a file; None if it is damaged."""
     try:
-        told = json.loads(_read(path))
-        if told["format"] != _FORMAT:
+        told = json.loads(read_text(path))
+        if told["format"] != FORMAT:
             return None
         groups = [Group(str(g["axes"]), tuple(map(int, g["ranks"])), int(g["number"])) for g in told["groups"]]
         begun = {group: int(g["begun"]) for group, g in zip(groups, told["groups"], strict=True)}
         calls = [_call(record, groups) for record in told["records"]]
         gone = {int(rank): str(owner) for rank, owner in told["gone"].items()}
-        place = _place([str(line) for line in next(iter(told["threads"].values()), [])])
+        place = innermost([str(line) for line in next(iter(told["threads"].values()), [])])
         rank, size = int(told["rank"]), int(told["size"])
         return Dump(rank, size, float(told["time"]), gone, begun, calls, place) if 0 <= rank < size < _MOST else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+    except DAMAGE:
         return None
 
 
@@ -142,10 +160,10 @@ def _call(record: dict[str, Any], groups: list[Group]) -> Call:
     dtype = None if record["dtype"] is None else str(record["dtype"])
     waits = None if record["waits"] is None else float(record["waits"])
     numbers = number("sequence"), str(record["operation"]), dtype, number("count"), peer, number("tag")
-    return Call(group, *numbers, str(record["site"]), waits)
+    return Call(group, *numbers, str(record["site"]), waits, record["state"] == "failed")
 
 
-def _place(calls: list[str]) -> str:
+def innermost(calls: list[str]) -> str:
     """The innermost call that is not of a library."""
     own = [call for call in calls if not in_library(call)]
     return (own or calls or ["?"])[-1]
@@ -177,7 +195,7 @@ def read_alive(folder: Path) -> Iterator[tuple[int, Alive]]:
         if (match := re.fullmatch(r"rank_(\d{5,9})\.alive", path.name)) is None:
             continue
         try:
-            seen, text = path.stat().st_mtime, _read(path)
+            seen, text = path.stat().st_mtime, read_text(path)
             _, end = json.JSONDecoder().raw_decode(text)
         except OSError:
             continue
@@ -186,6 +204,7 @@ def read_alive(folder: Path) -> Iterator[tuple[int, Alive]]:
         yield int(match[1]), Alive(Owner.parse(text[:end].encode()), seen, text[end:].strip() if end else "")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What a file holds, as far as it is text, and its beginning if it is very long. Raises OSError."""
     with path.open("rb") as file:
         return file.read(_LARGEST).decode(errors="replace")

@@ -18,7 +18,7 @@ log = logging.getLogger("hpcmp")
 
 NAME = "requeues.jsonl"
 _RATE = 100e6  # bytes a second that a rank writes at least, until a save has been measured
-_BYTES = 12  # a checkpoint's of a parameter: its float32 weight and two moments
+BYTES = 12  # a checkpoint's of a parameter: its float32 weight and two moments
 
 
 class Again(NamedTuple):
@@ -54,6 +54,12 @@ class Limits:
             self._end = self._start + left
             self._first_save = _saves_before(saving.metrics.path) or _unmeasured(saving)
             log.info("%s: %s left", self.job, clock(left))
+            if config.train.margin > left / 2:
+                log.warning(
+                    "train.margin = %g s is more than half of the %.0f s that %s job %s has left: the run stops to "
+                    "save after few steps, if not the first; give train.margin fewer seconds, or the job more",
+                    *(config.train.margin, left, self.job.scheduler, self.job.id),
+                )
 
     def over(self, step: int) -> str:
         """Before step ``step``, on every rank: why it has to be the last one; "" if it has not, and on ranks but 0."""
@@ -122,7 +128,7 @@ class Limits:
 
 def _unmeasured(saving: Saving) -> float:
     """The seconds of a save of which nothing is known but its size."""
-    return _BYTES * saving.engine.architecture.parameters / saving.engine.mesh.size / _RATE
+    return BYTES * saving.engine.architecture.parameters / saving.engine.mesh.size / _RATE
 
 
 def _saves_before(path: Path) -> float:

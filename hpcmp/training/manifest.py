@@ -1,4 +1,4 @@
-"""``manifest.jsonl``: a record of each start of a run: with what, where, and as what it was made."""
+"""``manifest.jsonl``: a record of each start of a run, with what, where, and as what; and of each end in order."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpcmp")
 
 NAME = "manifest.jsonl"
+_TIME = "%Y-%m-%dT%H:%M:%S%z"
 _SETTINGS = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HPCMP_NODES", "HPCMP_CUDA_AWARE", "SLURM_JOB_NODELIST"
 
 
@@ -42,6 +43,14 @@ def begin(config: Config, mesh: Mesh, inputs: Inputs, folder: Path, run: str, st
         log.warning("%s: %s; training goes on without", path, error.strerror or error)
 
 
+def end(summary: dict[str, Any], mesh: Mesh, folder: Path) -> None:
+    """Write down in ``folder`` that the run has come to its end in order, as ``Trainer.train`` sums it up."""
+    if mesh.rank == 0:
+        record = {key: summary[key] for key in ("step", "steps", "finished", "reason", "checkpoint")}
+        requeued = summary["requeue"] is not None
+        Records(folder / NAME).write({"ended": time.strftime(_TIME), **record, "requeued": requeued})
+
+
 def start(config: Config, mesh: Mesh, inputs: Inputs, run: str, step: int) -> dict[str, Any]:
     """The record of a start that goes on after ``step`` steps; ``run`` is the name by which checkpoints know the run.
 
@@ -51,7 +60,7 @@ def start(config: Config, mesh: Mesh, inputs: Inputs, run: str, step: int) -> di
     hosts = list(dict.fromkeys(rank[0] for rank in ranks))
     job, root = find_job(), Path(__file__).parents[2]
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(_TIME),
         "run": run,
         "step": step,
         "argv": sys.argv,

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -15,6 +15,7 @@ from ..arrays import to_host, wide
 from ..kernels.blas import gemm
 from .layout import short
 from .records import Records
+from .tensorboard import Events
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,14 +24,22 @@ log = logging.getLogger("hpcmp")
 
 
 class Metrics(Records):
-    """The records of ``directory/metrics.jsonl``."""
+    """The records of ``directory/metrics.jsonl``, and with ``tensorboard`` their numbers for TensorBoard, too."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tensorboard: bool = False) -> None:
         super().__init__(directory / "metrics.jsonl")
+        self.events = Events(directory) if tensorboard else None
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps from ``step`` on, which a resumed run takes again, and lines that were cut off."""
         self.keep(lambda record: isinstance(record.get("step"), int | float) and record["step"] < step)
+        if self.events:
+            self.events.begin(step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        super().write(record)
+        if self.events:
+            self.events.write(record)
 
 
 def greet(engine: Engine) -> None:

@@ -13,13 +13,14 @@ from ..checkpoint.manifest import Manifest
 from ..errors import InputError
 from .config import Config
 from .diagnosis import diagnose
+from .ending import ending
 from .layout import short
 from .manifest import NAME
 from .phases import PHASES
 from .records import read_records
 from .toml import read_toml
 
-METRICS, CONFIG = "metrics.jsonl", "config.toml"
+METRICS, CONFIG, RECOVERIES = "metrics.jsonl", "config.toml", "recoveries.jsonl"
 
 
 class Look(NamedTuple):
@@ -31,8 +32,9 @@ class Look(NamedTuple):
 
 
 class Run:
-    """What a run's directory holds: ``config`` (None: not there, or damaged), the records of its ``starts`` and of its
-    ``metrics``, and how many ``damaged`` lines were left out. Raises InputError if it is no run's."""
+    """What a run's directory holds: ``config`` (None: not there, or damaged), the records of its ``starts``, each with
+    its ``end`` if it came to one in order, and of its ``metrics``, and how many ``damaged`` lines were left out. Raises
+    InputError if it is no run's."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.damaged = directory, 0
@@ -46,7 +48,13 @@ class Run:
             self.config = Config.from_dict(read_toml(directory / CONFIG))
         except InputError as error:
             self.problem = str(error)
-        self.starts, self.metrics = self._read(NAME), self._read(METRICS)
+        self.starts: list[dict[str, Any]] = []
+        for record in self._read(NAME):
+            if "ended" not in record:
+                self.starts.append(record)
+            elif self.starts:
+                self.starts[-1]["end"] = record
+        self.metrics, self.recoveries = self._read(METRICS), self._read(RECOVERIES)
 
     def series(self, key: str, over: str = "step") -> tuple[list[float], list[float]]:
         """The numbers of a key of the metrics, and those of ``over`` beside them."""
@@ -81,13 +89,16 @@ class Run:
 def report(run: Run) -> dict[str, Any]:
     """All of the summary, in JSON's types; null or empty where nothing is known."""
     losses, held_out = run.series("loss")[1], run.series("held_out")[1]
-    steps, config = run.series("loss")[0], run.config
+    config, diagnosis = run.config, diagnose(run.directory)
+    step = int(max(run.series("loss")[0], default=-1)) + 1
     return {
         "directory": str(run.directory),
+        "ending": ending(run.directory, run.starts, step, diagnosis)._asdict(),
+        "diagnosis": diagnosis,
         "config": config.to_dict() if config else None,
         "problem": run.problem,
         "layout": short(config.layout) if config else None,
-        "step": int(max(steps)) + 1 if steps else 0,
+        "step": step,
         "steps": config.train.steps if config else None,
         "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
         "held_out_loss": {"last": held_out[-1], "least": min(held_out)} if held_out else None,
@@ -98,9 +109,9 @@ def report(run: Run) -> dict[str, Any]:
         "phases": _phases(run),
         "slow": _slow(run.metrics),
         "starts": [_start(record) for record in run.starts],
+        "recoveries": [_recovery(record) for record in run.recoveries],
         "checkpoints": _checkpoints(run),
         "damaged_lines": run.damaged,
-        "diagnosis": diagnose(run.directory),
     }
 
 
@@ -137,7 +148,7 @@ def _slow(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _start(record: dict[str, Any]) -> dict[str, Any]:
     ranks, hosts = record.get("ranks"), record.get("hosts")
     code, layout = record.get("code"), record.get("layout")
-    job = record.get("job")
+    job, end = record.get("job"), record.get("end")
     return {
         "time": record.get("time"),
         "step": record.get("step"),
@@ -146,7 +157,15 @@ def _start(record: dict[str, Any]) -> dict[str, Any]:
         "layout": layout if isinstance(layout, dict) else None,
         "hpcmp": code.get("hpcmp") if isinstance(code, dict) else None,
         "job": job if isinstance(job, dict) else None,
+        "end": end if isinstance(end, dict) else None,
     }
+
+
+def _recovery(record: dict[str, Any]) -> dict[str, Any]:
+    """Of ranks that were lost, and what went on without them: ``lost`` has the host of each."""
+    lost = record.get("lost")
+    numbers = {key: _or_0(record.get(key)) for key in ("ranks", "step", "again", "seconds")}
+    return {"lost": {str(r): str(h) for r, h in lost.items()} if isinstance(lost, dict) else {}, **numbers}
 
 
 def _checkpoints(run: Run) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import Checkpoint, CheckpointSaveError, Keep, Saved, Saver, Storage
+from ..checkpoint import Checkpoint, CheckpointSaveError, Keep, Saved, Saver, Storage, open_checkpoint
 from ..checkpoint.agree import agreed
 from ..checkpoint.directory import scan
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.tier import LocalTier, open_tier
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from .config import Config
 from .engine import Engine
 from .inputs import Inputs
 from .metrics import Metrics
-from .state import save_slabs
+from .state import begin_anew, check_same_model, resume, save_slabs
 
 log = logging.getLogger("hpcmp")
 
@@ -95,7 +95,35 @@ class Saving:
             tokens = step * self.config.train.batch * self.config.model.sequence
             self.metrics.write({"step": step - 1, "tokens": tokens, "local_seconds": time.perf_counter() - start})
 
-    def sources(self) -> list[Checkpoint | Path]:
+    def resume(self) -> Checkpoint | None:
+        """Go on from the newest checkpoint that is whole, if there is any; a damaged one is named and passed over."""
+        sources, mesh = self._sources(), self.engine.mesh
+        for source in sources:
+            try:
+                checkpoint = open_checkpoint(source, mesh) if isinstance(source, Path) else source
+                with agreed(mesh, lambda who, why: InputError(f"{who}{why}")):
+                    check_same_model(checkpoint, self.config)
+                    self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
+                resume(checkpoint, self.engine, self.config)
+            except CheckpointError as error:
+                last = source is sources[-1]
+                if last and any(isinstance(each, Path) for each in sources):
+                    raise
+                if self.logs:
+                    log.warning("%s; %s", error, "the run begins anew" if last else "trying the one before")
+                continue
+            # Of those in the directory, what was saved later was not sound.
+            sound = ((step, path) for saved, step, path in self._found if "" < saved <= checkpoint.saved)
+            self.last = next(sound, None)
+            if self.logs:
+                log.info("resumed from %s (step %d)", checkpoint.path, checkpoint.step)
+            return checkpoint
+        if sources:  # they were all local, which ends no run
+            self.inputs.sampler.samples = 0
+            begin_anew(self.engine)
+        return None
+
+    def _sources(self) -> list[Checkpoint | Path]:
         """What the run can go on from, the last one saved first: checkpoints on the nodes, and in ``root``, of which
         those that are not complete stand at the end."""
         root, mesh, found = self.saver.root, self.engine.mesh, self._found
@@ -107,11 +135,6 @@ class Saving:
         timed: list[tuple[str, Checkpoint | Path]] = [(c.saved, c) for c in local]
         timed += [(saved, path) for saved, _, path in found]
         return [source for _, source in sorted(timed, key=lambda each: each[0], reverse=True)]
-
-    def resumed(self, checkpoint: Checkpoint) -> None:
-        """The run goes on from ``checkpoint``: of those in ``root``, what was saved later was not sound."""
-        sound = ((step, path) for saved, step, path in self._found if "" < saved <= checkpoint.saved)
-        self.last = next(sound, None)
 
     def forget_local(self) -> None:
         """Remove what there is of the run on the nodes: it has a later checkpoint."""

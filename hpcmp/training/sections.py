@@ -118,6 +118,10 @@ class Train(Section):
         60.0, "seconds to spare before the job's time limit, besides what a step and a save are measured to take", COUNT
     )
     requeue: bool = option(False, "have the job run again when it stops at a time limit or by SIGUSR1 (docs/batch.md)")
+    recover: bool = option(
+        False, "go on without ranks that die, in the processes that are left, under `mpirun --with-ft ulfm`"
+    )
+    spares: int = option(0, "with `recover`: ranks that wait, and take the places of those that die", COUNT)
 
 
 @dataclass(frozen=True)
@@ -207,3 +211,4 @@ class Run(Section):
     evaluate_samples: int = option(16, "held-out samples", SIZE)
     plot: bool = option(False, "draw the loss at the end (needs matplotlib)")
     rank_logs: bool = option(False, "write each rank's own log to `logs/` in the directory")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard, too, to `tensorboard/` in the directory")

@@ -6,24 +6,26 @@ import dataclasses
 import logging
 import math
 import secrets
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ..checkpoint import checkpoints, open_checkpoint, tier
+from ..checkpoint import checkpoints, tier
 from ..checkpoint.agree import agreed
-from ..errors import CheckpointError, HpcmpError, InputError
+from ..errors import HpcmpError, InputError
 from .alike import check_alike, check_data
 from .config import Config
 from .directories import Directories
 from .engine import Engine, Result, mesh_for
 from .inputs import Inputs
 from .limits import Limits
-from .manifest import begin
+from .manifest import begin, end
 from .measure import measured_before
 from .metrics import Metrics, greet
 from .nonfinite import Patience
@@ -31,9 +33,9 @@ from .plots import plotted
 from .ranklogs import RankLog
 from .replicas import ReplicaError, check_replicas
 from .saving import Saving
-from .state import begin_anew, check_same_model, load_initial, resume
+from .state import load_initial
 from .telling import Telling
-from .watchdog import watch
+from .watchdog import failed, watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,27 +53,42 @@ class Trainer:
     On entry the run goes on from the newest checkpoint, whatever layout wrote it. Steps, samples and random numbers are
     those of the serial run on every layout; on the same layout a continued run equals the uninterrupted one bit for
     bit. All methods are collective. Raises InputError, the same on every rank, for what the user can mend.
+
+    recovering: it is a ``Recovery`` that makes it, without which ``train.recover`` is refused.
     """
 
-    def __init__(self, config: Config, comm: MPI.Intracomm | None = None) -> None:
+    def __init__(self, config: Config, comm: MPI.Intracomm | None = None, *, recovering: bool = False) -> None:
+        self.recovering = recovering
+        self._opened = ExitStack()  # what this rank lets go of by itself, however the run ends
+        try:
+            self._open(config, comm)
+            self._build()
+        except BaseException:
+            self._opened.__exit__(*sys.exc_info())
+            raise
+
+    def _open(self, config: Config, comm: MPI.Intracomm | None) -> None:
+        """The ranks, the data, the directories, and who watches over them."""
         check_alike(config, comm)
         self.config = config.resolved(ranks=1 if comm is None else comm.size)
         self.mesh = mesh_for(self.config, comm)
         with self._agreed():
             self.inputs = Inputs(self.config, self.mesh)
+            self._opened.callback(self.inputs.close)
             self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
             self._check()
         check_data(self.inputs, self.mesh)
         self.directories = Directories(self.config, self.mesh)
+        self._opened.callback(self.directories.close)
         self.directory, self.checkpoints = self.directories.run, self.directories.checkpoints
-        self.metrics = Metrics(self.directory)
-        self.rank_log = RankLog(self.directory, self.mesh.rank) if self.config.run.rank_logs else None
-        self.watchdog = watch(self.directory, self.mesh, self.config.train.watchdog)
-        try:
-            self._build()
-        except BaseException:
-            self._unlock()
-            raise
+        self.metrics = Metrics(self.directory, self.config.run.tensorboard)
+        if self.config.run.rank_logs:
+            self._opened.callback(RankLog(self.directory, self.mesh.rank).close)
+        train = self.config.train
+        self.watchdog = watch(self.directory, self.mesh, train.watchdog, recovers=train.recover)
+        if self.watchdog is not None:
+            self._opened.callback(self.watchdog.stop)
+        self._opened.push(self._failed)
 
     def _build(self) -> None:
         """All of the run, as it is after its newest checkpoint."""
@@ -85,11 +102,16 @@ class Trainer:
         self.reason = "finished"
         self._stop = self._final = False
         self.saving = Saving(self.engine, self.inputs, self.config, self.checkpoints, self.metrics)
+        self._opened.callback(self.saving.abandon)
         self._evaluated: tuple[int, float] | None = None
         self.run = self.mesh.gather_objects(secrets.token_hex(8))[0]
         self.saving.facts = self._facts
-        resumed = self.config.checkpoint.resume and self._resume()
-        if not resumed and self.config.checkpoint.initial:
+        resumed = self.saving.resume() if self.config.checkpoint.resume else None
+        if resumed is not None:
+            self.step = resumed.step
+            if isinstance(run := resumed.state.get("run"), str):
+                self.run = run
+        elif self.config.checkpoint.initial:
             load_initial(self.config.checkpoint.initial, self.engine, self.inputs.tokenizer)
         self.limits = Limits(self.config, self.saving, self.directory, self.step)
         begin(self.config, self.mesh, self.inputs, self.directory, self.run, self.step)
@@ -104,25 +126,22 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        try:
-            if exc[0] is None:
-                self.saving.finish()
-            else:
-                self.saving.abandon()
-        finally:
-            self.inputs.close()
-            self._unlock()
-        if exc[0] is None:  # freeing is collective: after an error the other ranks may not come
-            self.mesh.close()
+    def __exit__(self, *exc: Any) -> None:
+        if exc[1] is not None:
+            self._opened.__exit__(*exc)
+            return
+        with self._opened:
+            self.saving.finish()
+        self.mesh.close()  # collective: after an error the other ranks may not come
 
-    def _unlock(self) -> None:
-        """This rank writes no more in the run's directories, and may end."""
-        if self.watchdog is not None:
-            self.watchdog.stop()
-        if self.rank_log is not None:
-            self.rank_log.close()
-        self.directories.close()
+    def _failed(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """The run ends, by ``error`` unless it is None or Recovery goes on after it."""
+        if self.config.train.recover and error is not None and self.mesh.comm is not None:
+            from ..comm.survive import is_loss
+
+            if is_loss(error):
+                return
+        failed(error, self.directory, self.mesh, self.watchdog)
 
     def request_stop(self, reason: str = "asked to stop", requeue: bool = False) -> None:
         """Stop after the step at hand, with a checkpoint: all ranks agree. Safe in a signal handler.
@@ -213,6 +232,7 @@ class Trainer:
             "checkpoint": str(self.saving.last[1]) if self.saving.last else None,
             "metrics": str(self.metrics.path),
         }
+        end(summary, self.mesh, self.directory)
         if self.config.run.plot and self.logs:
             summary["plot"] = plotted(self.directory)
         return summary
@@ -260,39 +280,12 @@ class Trainer:
 
     def _check(self) -> None:
         """Raise InputError for what would only be found at the end, or at the first checkpoint."""
+        if self.config.train.recover and not self.recovering:
+            raise InputError("train.recover: a program of its own needs hpcmp.Recovery in place of hpcmp.Trainer")
         if self.config.run.plot and find_spec("matplotlib") is None:
             raise InputError('run.plot needs matplotlib: pip install "hpcmp[plot]"')
         if self.config.checkpoint.keep_best and self.inputs.held_out is None:
             raise InputError("checkpoint.keep_best: data.path holds out less than a sample of model.sequence tokens")
-
-    def _resume(self) -> bool:
-        """Go on from the newest checkpoint that is whole, if there is any; a damaged one is named and passed over."""
-        sources = self.saving.sources()
-        for source in sources:
-            try:
-                checkpoint = open_checkpoint(source, self.mesh) if isinstance(source, Path) else source
-                with self._agreed():
-                    check_same_model(checkpoint, self.config)
-                    self.inputs.sampler.load_state_dict(checkpoint.state["sampler"])
-                resume(checkpoint, self.engine, self.config)
-            except CheckpointError as error:
-                last = source is sources[-1]
-                if last and any(isinstance(each, Path) for each in sources):
-                    raise
-                if self.logs:
-                    log.warning("%s; %s", error, "the run begins anew" if last else "trying the one before")
-                continue
-            if isinstance(run := checkpoint.state.get("run"), str):
-                self.run = run
-            self.step = checkpoint.step
-            self.saving.resumed(checkpoint)
-            if self.logs:
-                log.info("resumed from %s (step %d)", checkpoint.path, self.step)
-            return True
-        if sources:  # they were all local, which ends no run
-            self.inputs.sampler.samples = 0
-            begin_anew(self.engine)
-        return False
 
     def _agreed(self) -> Any:
         return agreed(self.mesh, lambda who, why: InputError(f"{who}{why}"))

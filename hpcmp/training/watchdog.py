@@ -5,7 +5,8 @@ was last seen alive; a crash adds its Python stack, as does a C library that kee
 waits in one collective for too long, or whose neighbour on the node has died, writes ``rank_00003.json``, with its last
 operations and where its threads are, and the file ``hang``, which makes all others do the same: files, since MPI may
 hang itself. When all dumps that can come are there, the lowest rank says what they tell (``diagnosis.py``) and ends the
-job with exit code 69.
+job with exit code 69. So does a rank to which MPI has raised an error: others may have called another collective. Of
+any other error nobody waits for anything (``failed``).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 from types import TracebackType
 
 from ..checkpoint.owner import Owner, this_process
+from ..comm.detect import alone
 from ..comm.mesh import Mesh
 from ..comm.recorder import RECORDER
 from ..errors import MismatchError
 from .diagnosis import diagnose
 from .dumps import FOLDER, HANG, VERDICT, alive_name, dump, dump_name
+from .failures import is_mpi_error, leave_error
 
 log = logging.getLogger("hpcmp")
 
@@ -39,23 +42,45 @@ GRACE = 30.0  # at most, for the others' dumps, which the file system may show l
 PAUSE = 5.0  # seconds between two looks that say that the process was suspended, as `scontrol suspend` does
 
 
-def watch(directory: Path, mesh: Mesh, seconds: float) -> Watchdog | None:
+def watch(directory: Path, mesh: Mesh, seconds: float, *, recovers: bool = False) -> Watchdog | None:
     """The watchdog of this rank of a run in ``directory``; None for one rank alone, or where ``seconds`` is 0. Besides,
-    an exception that nobody catches ends the job. Collective."""
-    if mesh.size == 1:
-        return None
-    _end_job_on_errors(mesh.launched[mesh.rank], mesh.size)
-    return Watchdog(directory, mesh, seconds) if seconds else None
+    an exception that nobody catches ends the job. ``recovers``: the death of a rank does not. Collective."""
+    if mesh.size > 1:
+        _end_job_on_errors(mesh.launched[mesh.rank], mesh.size)
+        if seconds:
+            return Watchdog(directory, mesh, seconds, recovers=recovers)
+    if mesh.rank == 0:
+        _set_aside(directory / FOLDER)
+    return None
+
+
+def end_job(why: str) -> None:
+    """End the job, saying why, with the code of a rank that hangs or is gone. Does not return."""
+    _say(why)
+    _abort(MismatchError.exit_code)
+
+
+def failed(error: object, directory: Path, mesh: Mesh, watchdog: Watchdog | None) -> None:
+    """The run in ``directory`` ends on this rank, by ``error`` unless it is None: leave it there for the report.
+
+    An error of MPI may come of a collective that other ranks have called otherwise. If there is a watchdog, all ranks
+    then dump, the job ends with what the dumps tell, and this does not return.
+    """
+    if isinstance(error, Exception | KeyboardInterrupt):
+        leave_error(directory / FOLDER, mesh.launched[mesh.rank], mesh.size, error)
+        if watchdog is not None and is_mpi_error(error):
+            watchdog.explain(error)
 
 
 class Watchdog:
     """Of the run in ``directory``, from now until ``stop``; ``seconds``: how long a rank may wait in one operation.
 
-    Collective over ``mesh``. What an earlier attempt left in ``diagnosis`` is moved to ``diagnosis.old``.
+    recovers: MPI tells the others of a rank that has died, and they go on without it. Collective over ``mesh``. What an
+    earlier attempt left in ``diagnosis`` is moved to ``diagnosis.old``.
     """
 
-    def __init__(self, directory: Path, mesh: Mesh, seconds: float) -> None:
-        self.directory, self.folder, self.seconds = directory, directory / FOLDER, seconds
+    def __init__(self, directory: Path, mesh: Mesh, seconds: float, *, recovers: bool = False) -> None:
+        self.directory, self.folder, self.seconds, self.recovers = directory, directory / FOLDER, seconds, recovers
         self.rank, self.size = mesh.launched[mesh.rank], mesh.size
         self.poll, self.beat = min(POLL * max(1, mesh.size / 1000), seconds / 8), min(BEAT, seconds / 4)
         self.grace = max(min(GRACE, max(3.0, seconds / 4)), 2 * self.poll)
@@ -75,9 +100,16 @@ class Watchdog:
         except OSError as error:
             log.warning("watchdog: %s", error)
         self._stopped = threading.Event()
+        self._error = ""
         self._thread = threading.Thread(target=self._run, name="hpcmp watchdog", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # before MPI ends, where ranks wait for each other
+
+    def explain(self, error: BaseException) -> None:
+        """End the job with what the dumps of all ranks tell of ``error``, which MPI has raised here. Does not return
+        unless ``stop`` was called before."""
+        self._error = f"got {error}"
+        self._thread.join()
 
     def stop(self) -> None:
         """The run is over, or this rank gives it up: nobody is to wonder that its process ends."""
@@ -95,11 +127,8 @@ class Watchdog:
             pass
 
     def _begin_anew(self) -> None:
-        old = self.folder.with_name(FOLDER + ".old")
+        _set_aside(self.folder)
         try:
-            if self.folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                self.folder.rename(old)
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             log.warning("watchdog: %s: ranks that hang will not be named", error)
@@ -110,7 +139,7 @@ class Watchdog:
             now = time.monotonic()
             awake = now if now - looked > PAUSE else awake  # nobody has waited while all were suspended
             looked = now
-            found = (self._overdue() if now - awake > self.seconds else "") or self._gone()
+            found = self._error or (self._overdue() if now - awake > self.seconds else "") or self._gone()
             if not found and now - polled >= self.poll:
                 polled = now
                 found = "another rank has asked for it" if _there(self.folder / HANG) else ""
@@ -126,6 +155,8 @@ class Watchdog:
 
     def _gone(self) -> str:
         """Whether the next rank on this node has died: of any ranks that die, one is next to one that lives."""
+        if self.recovers:
+            return ""
         after = self.here[(self.here.index(self.rank) + 1) % len(self.here)]
         return f"rank {after} is gone" if after != self.rank and self._is_gone(after) else ""
 
@@ -181,6 +212,17 @@ class Watchdog:
             time.sleep(0.1)
 
 
+def _set_aside(folder: Path) -> None:
+    """Move what an earlier attempt left in ``folder``, ``diagnosis``, to ``diagnosis.old``."""
+    old = folder.with_name(folder.name + ".old")
+    try:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+    except OSError as error:
+        log.warning("watchdog: %s: what %s holds may be of an earlier attempt", error, folder)
+
+
 def _settle(path: Path) -> None:
     """Keep a file as it is now: a rank that was stopped wakes up when the job ends, and writes what is no news."""
     copy = path.with_suffix(".part")
@@ -223,7 +265,7 @@ def _say(text: str) -> None:
 def _abort(code: int) -> None:
     """End the job, through MPI if that still does it; and this process in any case."""
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi and mpi.Query_thread() == mpi.THREAD_MULTIPLE:
+    if mpi and mpi.Query_thread() == mpi.THREAD_MULTIPLE and not alone(mpi):
         threading.Thread(target=mpi.COMM_WORLD.Abort, args=(code,), daemon=True).start()
         time.sleep(5)
     os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import currentframe, getframeinfo
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 
 from hpcmp.checkpoint import moves
 from hpcmp.checkpoint.moves import Move, to_partners, to_readers
+from hpcmp.comm import recorder
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError
 
@@ -61,6 +63,25 @@ def test_moves(world: Intracomm, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyP
         moves.make([Move(a, b, f"from{a}to{b}", lengths[a, b]) for a, b in pairs], folder, mesh)
         expected = {f"from{a}to{b}": text for (a, b), text in content.items() if rank in (a, b)}
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+@several
+def test_every_message_is_recorded_where_the_moves_are_made(
+    world: Intracomm, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a rank that misses one is a hang with a name."""
+    monkeypatch.setattr(recorder, "RECORDER", fresh := recorder.Recorder())
+    monkeypatch.setattr(moves, "BLOCK", 1000)
+    folder, after, before = mpi_tmp_path / f"rank{world.rank}", world.rank + 1, world.rank - 1
+    folder.mkdir()
+    (folder / f"of{world.rank}").write_bytes(bytes(1500))
+    with Mesh(world, dp=world.size) as mesh:
+        line = getframeinfo(currentframe()).lineno + 1
+        moves.make([Move(a, a + 1, f"of{a}", 1500) for a in range(world.size - 1)], folder, mesh)
+        told = [r for r in fresh.snapshot()["records"] if r["tag"] is not None]
+    ends = [("send", after)] * (after < world.size) + [("recv", before)] * (before >= 0)
+    assert [(r["operation"], r["peer"], r["count"]) for r in told] == [(*end, n) for n in (1000, 500) for end in ends]
+    assert {(r["site"], r["state"], r["dtype"]) for r in told} == {(f"{Path(__file__)}:{line}", "finished", "uint8")}
 
 
 @several

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hpcmp.checkpoint import CheckpointSaveError, Saver, Storage, mpio, open_checkpoint, repack, save, slab
+from hpcmp.comm import recorder
 from hpcmp.comm.mesh import Mesh
 from hpcmp.errors import CheckpointError, InputError
 from tests.checkpoint.cases import (
@@ -99,6 +100,19 @@ def test_each_number_is_written_once_by_its_owner(world, mpi_tmp_path, monkeypat
             np.testing.assert_array_equal(counts.get(name, 0 * owns), owns, err_msg=name)
             assert (world.allreduce(owns) == 1).all(), name
     assert set().union(*world.allgather(collective)) == ({False, True} if world.size > 1 else {False})
+
+
+def test_what_ranks_wait_in_is_recorded(world, mpi_tmp_path, monkeypatch):
+    """Every call of HDF5 that all ranks make together, under the same number on all."""
+    monkeypatch.setattr(recorder, "RECORDER", fresh := recorder.Recorder())
+    with Mesh(world, tp=world.size) as mesh:
+        save(mpi_tmp_path, 1, owned(mesh, 1), STATE, mesh, storage="mpio")
+        found = [r for r in fresh.snapshot()["records"] if r["operation"].startswith("MPI-IO")]
+    told = [(r["sequence"], r["operation"], r["state"]) for r in found]
+    assert [name for _, name, _ in told] == ["MPI-IO open", *["MPI-IO write"] * (len(told) - 2), "MPI-IO close"]
+    assert world.allgather(told) == [told] * world.size and {state for *_, state in told} == {"finished"}
+    assert (len(told) > 2) == (world.size > 1)  # one rank alone writes when it likes
+    assert all(r["site"].startswith("hpcmp/checkpoint/mpio.py:") for r in found)
 
 
 def test_the_same_bytes_as_shared(world, mpi_tmp_path):

@@ -239,6 +239,7 @@ def test_a_wrong_command_line_is_said_by_rank_0_alone():
         ("early", "2", 2, "hpcmp: error: no such file: early (rank 2 of 4 on host "),
     ],
 )
+@pytest.mark.fault(9)
 def test_an_error_is_said_once_and_ends_the_job_in_seconds(run_mpi, tmp_path, kind, ranks, code, said):
     (tmp_path / "boom.py").write_text(BOOM)
     start = time.monotonic()
@@ -249,6 +250,7 @@ def test_an_error_is_said_once_and_ends_the_job_in_seconds(run_mpi, tmp_path, ki
     assert line.strip().startswith(said) and "Traceback" not in done.stderr
 
 
+@pytest.mark.fault(9)
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(run_mpi, tmp_path):
     (tmp_path / "boom.py").write_text(BOOM)
     argv = [sys.executable, str(tmp_path / "boom.py"), "boom", "bug", "1", "--json"]

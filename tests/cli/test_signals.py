@@ -42,6 +42,7 @@ def running(body: str, twice: float) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.fault(18)
 def test_a_second_one_ends_a_process_that_waits_in_c(number: signal.Signals) -> None:
     with running(BLOCKED, twice=0.2) as process:
         end = time.monotonic() + 30

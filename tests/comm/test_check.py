@@ -72,6 +72,7 @@ FAULTS: dict[Callable[[Communicator, bool], Any], tuple[str, ...]] = {
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("memory", ["no", "yes"])
+@pytest.mark.fault(11)
 def test_ranks_that_differ_get_the_same_error(
     world: Intracomm, fault: Callable[[Communicator, bool], Any], memory: Any
 ) -> None:

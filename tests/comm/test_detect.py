@@ -83,6 +83,7 @@ def test_sums_go_by_halving_and_doubling_between_hosts_unless_the_user_says_othe
     assert environ.get(name) == chosen
 
 
+@pytest.mark.fault(14)
 def test_start_mpi_refuses_the_launcher_of_another_mpi(environment):
     """In a process of its own, since it starts MPI: N worlds of one rank, or what another MPI's mpiexec sets."""
     pytest.importorskip("mpi4py")

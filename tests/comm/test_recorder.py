@@ -110,6 +110,7 @@ def test_a_wait_that_fails_does_not_end_the_operation(fresh: Recorder) -> None:
     with pytest.raises(ValueError, match="planted"):
         pending.wait()
     assert record.end is None and not fresh.blocked
+    assert [r["state"] for r in fresh.snapshot()["records"]] == ["failed"]
 
 
 def test_communicators_of_the_same_ranks_are_told_apart(fresh: Recorder) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from hpcmp.comm.detect import start_mpi
 from hpcmp.comm.mesh import Mesh
-from hpcmp.training.watchdog import watch
+from hpcmp.training import watchdog as guard
 
 
 def absent(mesh: Mesh) -> None:
@@ -32,6 +32,11 @@ def dtype(mesh: Mesh) -> None:
     """The ranks' numbers are of two kinds, which MPI adds up without a word, and then the last rank is absent."""
     mesh["dp"].all_reduce(np.ones(64, np.float32 if mesh.rank else np.int32)).wait()
     absent(mesh)
+
+
+def counts(mesh: Mesh) -> None:
+    """The last rank takes fewer numbers than it is sent, which MPI tells that rank alone."""
+    mesh["dp"].broadcast(np.ones(64 if mesh.rank == mesh.size - 1 else 128)).wait()
 
 
 def message(mesh: Mesh) -> None:
@@ -74,8 +79,9 @@ def stopped(mesh: Mesh) -> None:
 
 def suspended(mesh: Mesh) -> None:
     """All processes stop for a while, as `scontrol suspend` has them; all but the last one in the middle of a call."""
-    subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {os.getpid()}; sleep 7; kill -CONT {os.getpid()}"])
-    end = time.monotonic() + 10
+    guard.PAUSE = 1.5  # so that the test is short
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {os.getpid()}; sleep 3.5; kill -CONT {os.getpid()}"])
+    end = time.monotonic() + 5
     over = np.zeros(1)
     while not over[0]:
         if mesh.rank == mesh.size - 1:
@@ -87,12 +93,16 @@ def main(folder: str, seconds: str, how: str) -> None:
     """Some steps, the fault, and one more."""
     world = start_mpi().COMM_WORLD
     mesh = Mesh(world, dp=world.size)
-    watchdog = watch(Path(folder), mesh, float(seconds))
+    watchdog = guard.watch(Path(folder), mesh, float(seconds))
     fault: Any = globals()[how]
     for _ in range(3):
         mesh["dp"].all_reduce(np.ones(64)).wait()
-    fault(mesh)
-    mesh["dp"].all_reduce(np.ones(16, np.float32)).wait()
+    try:
+        fault(mesh)
+        mesh["dp"].all_reduce(np.ones(16, np.float32)).wait()
+    except Exception as error:
+        guard.failed(error, Path(folder), mesh, watchdog)
+        raise
     if watchdog is not None:
         watchdog.stop()
     mesh.close()

@@ -46,6 +46,7 @@ def test_the_code_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", ["seed", "layout", "code"])
+@pytest.mark.fault(13)
 def test_a_rank_that_differs_is_refused_on_all(world: Intracomm, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     odd, last = world.rank == world.size - 1, world.size - 1
     config = Config()
@@ -61,6 +62,7 @@ def test_a_rank_that_differs_is_refused_on_all(world: Intracomm, what: str, monk
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.fault(13)
 def test_data_that_differ_between_nodes_are_refused(
     world: Intracomm, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from hpcmp.comm import recorder
 from hpcmp.comm.recorder import Flight, Recorder
-from hpcmp.training import dumps
+from hpcmp.errors import InputError
+from hpcmp.training import dumps, failures
 from hpcmp.training.diagnosis import diagnose
 
 ALL = [0, 1, 2, 3]
@@ -25,18 +27,23 @@ class Job:
         self.run, self.folder, self.patch = run, run / dumps.FOLDER, monkeypatch
         self.folder.mkdir()
 
-    def dump(self, rank: int, *calls: tuple[Any, ...], gone: dict[int, str] | None = None) -> None:
+    def dump(
+        self, rank: int, *calls: tuple[Any, ...], gone: dict[int, str] | None = None, failed: tuple[int, ...] = ()
+    ) -> None:
+        """``failed``: the calls that an error has ended, counted from 1."""
         fresh = Recorder()
         for module in (recorder, dumps):
             self.patch.setattr(module, "RECORDER", fresh)
         flights: dict[Any, Flight] = {}
-        for axes, ranks, operation, count, blocked, *more in calls:
+        for number, (axes, ranks, operation, count, blocked, *more) in enumerate(calls, 1):
             key = axes, tuple(ranks)
             flight = flights[key] = flights.get(key) or Flight(axes, ranks)
             record = flight.begin(operation, "float32", count, *more)
-            if blocked:
+            if blocked or number in failed:
                 record.block()
-            else:
+            if number in failed:
+                record.leave(False)
+            elif not blocked:
                 record.finish()
         dumps.dump(self.folder, rank, 4, "a test", gone or {})
 
@@ -63,7 +70,7 @@ def test_ranks_that_have_not_come(job: Job) -> None:
     for rank in (1, 3):
         job.dump(rank, dp())
     assert job.told()[0].startswith("ranks 1, 3 have not joined all_reduce 2 of dp (float32, 16) at ")
-    assert ", in which ranks 0, 2 wait since 0 s; ranks 1, 3 is at " in job.told()[0]
+    assert ", in which ranks 0, 2 wait since 0 s; ranks 1, 3 are at " in job.told()[0]
 
 
 def test_the_rank_that_waits_for_nobody_comes_first(job: Job) -> None:
@@ -117,7 +124,7 @@ def test_ranks_without_a_dump(job: Job) -> None:
         job.dump(rank, dp(8, True), gone={2: "process 4711 of me on node7"})
     (job.folder / dumps.alive_name(3)).write_text("{}")
     told = job.told()
-    assert told[0] == "rank 2 is gone: process 4711 of me on node7"
+    assert told[0] == "rank 2 is gone: process 4711 of me on node7; a signal or want of memory has ended it"
     assert told[1].startswith("ranks 2-3 have not joined all_reduce 1 of dp") and "left no dump" in told[1]
     assert told[2].startswith("rank 3 left no dump; its last sign of life: 0 s before")
 
@@ -161,3 +168,42 @@ def test_whatever_the_files_hold_it_is_printable_text(job: Job) -> None:
         path.write_text(json.dumps(told))
         assert all(text.isprintable() for text in job.told())
         path.write_text(originals[path])
+
+
+def raised(text: str = "planted") -> ValueError:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        return error
+
+
+def test_by_what_ranks_have_ended(job: Job) -> None:
+    """Without a dump of anybody; the first one first, and together those that say the same."""
+    lines, first = inspect.getsourcelines(raised)
+    failures.leave_error(job.folder, 2, 4, raised())
+    where = f"{__file__}:{first + 2} raised: {lines[2].strip()}"
+    assert job.told() == [f"rank 2: ValueError: planted, at {where}"]
+    for rank in (0, 3, 1):
+        failures.leave_error(job.folder, rank, 4, InputError("no such file\x1b[2J"))
+    told = job.told()
+    assert told == [f"rank 2: ValueError: planted, at {where}", "ranks 0-1, 3: no such file?[2J"]
+    failures.leave_error(job.folder, 2, 4, InputError("no such file\x1b[2J"))
+    assert job.told() == ["no such file?[2J"]  # all ranks say it
+    for damaged in (b"", b"{", b"[" * 100_000, b'{"format": 3}', b'{"rank": "x"}'):
+        (job.folder / failures.error_name(0)).write_bytes(damaged)
+        assert job.told() == ["ranks 1-3: no such file?[2J"]
+
+
+def test_an_error_in_a_collective_stands_with_what_ranks_called(job: Job) -> None:
+    """Of an all_to_all, whose counts may differ otherwise, and of a message, with what was sent."""
+    for rank, count, failed in ((0, 8, True), (1, 8, False), (2, 9, False), (3, 8, False)):
+        message = ("pp", ALL, "send", 7, False, 2, 6) if rank == 0 else ("pp", ALL, "recv", 5, False, 0, 6)
+        job.dump(rank, dp(count, False, "all_to_all"), message, failed=(1,) if failed else (2,) if rank == 2 else ())
+        if failed or rank == 2:
+            failures.leave_error(job.folder, rank, 4, raised(f"on {rank}"))
+    told = job.told()
+    assert told[0].startswith("ranks disagree in collective 1 of dp: ranks 0-1, 3: all_to_all (float32, 8) at ")
+    assert "; rank 2: all_to_all (float32, 9) at " in told[0]
+    assert told[1].startswith("rank 0: ValueError: on 0, in all_to_all 1 of dp (float32) at ")
+    assert told[2].startswith("rank 2: ValueError: on 2, in recv (float32, 5) of pp from rank 0 (tag 6) at ")
+    assert "; rank 0 last sent it (float32, 7) at " in told[2]

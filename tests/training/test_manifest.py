@@ -40,9 +40,12 @@ def test_each_start_is_a_record_and_each_rank_has_its_log(
     if world.rank:
         return
     run = mpi_tmp_path / "run"
-    starts, damaged = read_records(run / "manifest.jsonl")
-    assert [start["step"] for start in starts] == [0, 2] and not damaged
-    first, second = starts
+    (first, end, second, last), damaged = read_records(run / "manifest.jsonl")
+    assert [first["step"], second["step"]] == [0, 2] and not damaged
+    assert [(each["step"], each["reason"], each["requeued"]) for each in (end, last)] == [
+        *((steps, "finished", False) for steps in (2, 3))
+    ]
+    assert first["time"] <= end["ended"] <= second["time"] <= last["ended"]
     assert first["run"] == second["run"] and first["seed"] == 5 and first["modules"] == ["gcc/13", "openmpi/5"]
     assert (first["job"]["scheduler"], first["job"]["id"]) == ("PBS", "4711.server")
     assert first["code"]["hpcmp"].startswith(f"{__version__}, sources ") and first["layout"]["dp"] == world.size

@@ -81,6 +81,7 @@ def weights(trainer: Trainer) -> list[Any]:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.fault(15)
 def test_one_rank_stops_all_and_is_named(world: Intracomm, trainer: Callable[..., Trainer], zero: int) -> None:
     bad = min(world.size, 5) - 1  # the last one that has a sample
     with trainer(f"layout.zero={zero}") as t:
@@ -118,6 +119,7 @@ def test_a_weight_that_is_not_finite_is_named(world: Intracomm, trainer: Callabl
 
 
 @pytest.mark.mpi
+@pytest.mark.fault(15)
 def test_skipped_steps_change_nothing_and_the_run_goes_on(
     world: Intracomm, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -139,6 +141,7 @@ def test_skipped_steps_change_nothing_and_the_run_goes_on(
 
 
 @pytest.mark.mpi
+@pytest.mark.fault(15)
 def test_too_many_in_a_row_end_the_run(world: Intracomm, trainer: Callable[..., Trainer]) -> None:
     with trainer("train.nan=skip", "train.nan_limit=2") as t:
         plant(t, {2, 3, 4})

@@ -48,6 +48,7 @@ def test_a_rank_is_compared_with_those_like_it() -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.fault(17)
 def test_a_rank_that_sleeps_is_named_and_the_others_wait(
     world: Intracomm, mpi_tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -46,6 +46,7 @@ def test_a_resumed_run_forgets_the_steps_that_it_takes_again(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.fault(23)
 def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     metrics = Metrics(tmp_path)
@@ -71,6 +72,7 @@ def test_a_limit_tears_a_line_and_later_ones_stand_alone(tmp_path: Path) -> None
     assert [record["step"] for record in found] == [0, 2] and damaged == 1
 
 
+@pytest.mark.fault(23)
 def test_a_directory_that_becomes_read_only_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = config(tmp_path, corpus(tmp_path))
     where = [f"checkpoint.directory={tmp_path / 'elsewhere'}", "run.log_seconds=0", "run.rank_logs=true"]

@@ -54,6 +54,7 @@ def test_sound_replicas_are_equal_on_every_layout(
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.fault(16)
 def test_a_flipped_bit_on_one_replica_ends_the_run_before_a_save(
     world: Intracomm, trainer: Callable[..., Trainer], what: str
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_flipped_bit_on_one_replica_ends_the_run_before_a_save(
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.fault(16)
 def test_what_tensor_parallelism_repeats_is_compared(world: Intracomm, trainer: Callable[..., Trainer]) -> None:
     if world.size == 8:
         pytest.skip("more ranks than heads")

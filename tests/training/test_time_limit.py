@@ -16,6 +16,7 @@ import pytest
 
 from hpcmp.training import limits
 from hpcmp.training.config import load_config
+from hpcmp.training.report import Run, report
 from hpcmp.training.trainer import Trainer
 from tests.batch.fakes import SLURM, VARIABLES, Programs, enter
 from tests.corpus import config, corpus
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 REQUEUE = ["scontrol", "requeue", "4711"]
+KERNELS = "train.kernels=reference"  # which start at once
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,23 @@ def test_a_save_that_was_never_measured_is_reckoned_from_its_size(
         assert trainer.limits.save_seconds == pytest.approx(12 * parameters / 100e6)
 
 
+@pytest.mark.parametrize(("margin", "warned"), [(52, 0), (53, 1)])
+def test_a_margin_of_more_than_half_of_the_limit_is_told_once(
+    tmp_path: Path,
+    data: Path,
+    programs: Programs,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    margin: int,
+    warned: int,
+) -> None:
+    start(config(tmp_path, data), clock, "train.steps=2", f"train.margin={margin}")
+    told = [record.getMessage() for record in caplog.records if "train.margin" in record.getMessage()]
+    assert len(told) == warned
+    for text in told:
+        assert text.startswith("train.margin = 53 s is more than half of the 105 s that Slurm job 4711 has left: ")
+
+
 @pytest.mark.parametrize("answer", ["echo UNLIMITED", "echo INVALID", "exit 1"])
 def test_without_a_known_limit_it_runs_to_the_end(
     tmp_path: Path, data: Path, programs: Programs, clock: Clock, caplog: pytest.LogCaptureFixture, answer: str
@@ -237,6 +256,7 @@ def test_what_cannot_tell_of_progress_requeues_nothing(
 
 
 @pytest.mark.mpi
+@pytest.mark.fault(19)
 def test_rank_0_asks_and_all_ranks_stop_together(
     world: Intracomm, mpi_tmp_path: Path, tmp_path: Path, programs: Programs, clock: Clock
 ) -> None:
@@ -260,7 +280,7 @@ def environ(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 
 
 def train(toml: Path, environ: dict[str, str], *given: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "hpcmp", "train", str(toml), "train.steps=3", "--json", *given]
+    argv = [sys.executable, "-m", "hpcmp", "train", str(toml), "train.steps=3", KERNELS, "--json", *given]
     return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
 
 
@@ -273,7 +293,7 @@ def test_a_run_in_three_jobs_is_the_run_in_one(
     tmp_path: Path, data: Path, programs: Programs, environ: dict[str, str], run_mpi: Callable[..., Any]
 ) -> None:
     toml, whole = config(tmp_path, data), tmp_path / "whole"
-    with Trainer(load_config(toml, ["train.steps=3", f"run.directory={whole}", "train.margin=0"])) as trainer:
+    with Trainer(load_config(toml, ["train.steps=3", f"run.directory={whole}", "train.margin=0", KERNELS])) as trainer:
         trainer.limits._end = None
         expected = trainer.train()
     assert len(losses(whole)) == 3
@@ -285,16 +305,24 @@ def test_a_run_in_three_jobs_is_the_run_in_one(
     assert "requeueing: scontrol requeue 4711" in done[0].stderr and "requeueing" not in done[2].stderr
     assert losses(tmp_path / "run") == losses(whole)
     assert results[2]["held_out_loss"] == expected["held_out_loss"]
+    told = report(Run(tmp_path / "run"))
+    assert [start["end"]["requeued"] for start in told["starts"]] == [True, True, False]
+    assert told["ending"] == {"how": "finished", "text": "finished: step 3 of 3"}
 
 
+@pytest.mark.fault(19)
 def test_on_two_ranks_one_requeues(
     tmp_path: Path, data: Path, programs: Programs, environ: dict[str, str], run_mpi: Callable[..., Any]
 ) -> None:
-    argv = [sys.executable, "-m", "hpcmp", "train", str(config(tmp_path, data)), "train.steps=3", "--json"]
+    argv = [sys.executable, "-m", "hpcmp", "train", str(config(tmp_path, data)), "train.steps=3", KERNELS, "--json"]
     done = run_mpi(2, [*argv, "train.requeue=true"], env={"PATH": programs.path, **SLURM})
     assert done.returncode == 75, done.stderr
     assert json.loads(done.stdout)["requeue"] == REQUEUE
     assert [call[0] for call in programs.calls] == ["squeue", "scontrol"]
+    how, text = report(Run(tmp_path / "run"))["ending"].values()
+    assert how == "stopped" and text.startswith("stopped after step 1 of 3: ")
+    assert " s are left to Slurm job 4711: " in text
+    assert text.endswith("; its job is to run again")
 
 
 def test_a_requeue_that_is_refused_is_told_and_a_loop_ends_with_78(
