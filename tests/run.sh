@@ -22,7 +22,7 @@ if [[ -z $HPCMP_MPICH_PYTHON ]]; then
 elif ((code != 2)); then    # 2: interrupted
     export HPCMP_TEST_MPICH=1 HPCMP_TEST_RANKS=${HPCMP_TEST_RANKS:-3} HPCMP_OTHER_MPIRUN=$VIRTUAL_ENV/bin/mpirun
     on_mpich=0
-    "$HPCMP_MPICH_PYTHON" -m pytest -q -o cache_dir=.pytest_cache/mpich "$@" || on_mpich=$?
+    PATH=${HPCMP_MPICH_PYTHON%/*}:$PATH "$HPCMP_MPICH_PYTHON" -m pytest -q -o cache_dir=.pytest_cache/mpich "$@" || on_mpich=$?
     ((on_mpich == 0 || on_mpich == 5)) || code=$on_mpich    # 5: none of them is asked for
 fi
 exit $code

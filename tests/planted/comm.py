@@ -6,7 +6,7 @@ from typing import Any
 
 from hpcmp.comm import window
 from hpcmp.comm.base import Pending
-from hpcmp.comm.hierarchical import _Sum
+from hpcmp.comm.hierarchical import LAST, _Sum
 from hpcmp.comm.mesh import Mesh
 from hpcmp.comm.staging import PUT, Staging
 from hpcmp.comm.topology import Topology
@@ -33,10 +33,10 @@ def part_of_a_sum_over_nodes_not_gathered(patch: Patch) -> None:
         right_start(self, group, x)
 
     def next(self: Any) -> None:
-        if self.phase == 1:
+        if self.phase < LAST - 1:
             right_next(self)
             return
-        part, self.phase = self.pending.wait(), 3
+        part, self.phase = self.pending.wait(), LAST
         y, first = self.x.copy(), sum(self.rows[: self.group.inside.rank])
         y[first : first + len(part)] = part
         self.pending = Pending(y)

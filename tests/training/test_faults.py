@@ -137,7 +137,7 @@ def test_a_flipped_bit_of_a_weight_is_laid_to_its_rank(train: Train, tmp_path: P
 def test_a_slow_rank_is_named(train: Train, tmp_path: Path) -> None:
     done = train("slow", "run.log_seconds=0")
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"rank 1 on .*compute takes", done.stderr)) == 1
+    assert re.search(r"rank 1 on .*compute takes", done.stderr)  # again, if it was not slow for a while: cores are busy
     looks = [record for record in metrics(tmp_path) if "phases" in record]
     assert looks[-1]["phases"]["compute"]["slowest"] == looks[-1]["phases"]["wait"]["fastest"] == 1
 
