@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from . import random
+from . import kernels, random
 from .arrays import Array, wide
 from .comm.mesh import DATA as DATA
 from .wgrad import WGrad
@@ -106,6 +106,16 @@ class Module:
         """dx; weight gradients go through ``wgrad``."""
         raise NotImplementedError
 
+    def forward_onto(self, x: Any, onto: Array) -> tuple[Array, Any]:
+        """(onto + y, saved): where the kernel that makes y can add it, a pass over memory less than adding it after."""
+        y, saved = self.forward(x)
+        return kernels.of(y).add(onto, y), saved
+
+    def backward_onto(self, dy: Any, saved: Any, wgrad: WGrad, onto: Array) -> Array:
+        """onto + dx, in the same way."""
+        dx = self.backward(dy, saved, wgrad)
+        return kernels.of(dx).add(onto, dx)
+
     def members(self) -> Iterator[tuple[str, Parameter | Module]]:
         """The parameters and modules held directly, with their names: an attribute's own, or the key in a container."""
         for attribute, value in vars(self).items():
@@ -189,16 +199,36 @@ class Sequential(Module):
             dy = layer.backward(dy, saved.pop(), wgrad)  # frees each activation as soon as it is used
         return dy
 
+    def forward_onto(self, x: Any, onto: Array) -> tuple[Array, Any]:
+        if not self.layers:
+            return kernels.of(x).add(onto, x), []
+        *first, last = self.layers.values()
+        saved = []
+        for layer in first:
+            x, kept = layer.forward(x)
+            saved.append(kept)
+        y, kept = last.forward_onto(x, onto)
+        return y, [*saved, kept]
+
+    def backward_onto(self, dy: Any, saved: Any, wgrad: WGrad, onto: Array) -> Array:
+        if not self.layers:
+            return kernels.of(dy).add(onto, dy)
+        first, *others = self.layers.values()
+        for layer in reversed(others):
+            dy = layer.backward(dy, saved.pop(), wgrad)
+        return first.backward_onto(dy, saved.pop(), wgrad, onto)
+
 
 class Residual(Sequential):
-    """x + f(x): the sum rule, written once."""
+    """x + f(x): the sum rule, written once. The last layer adds x to its y, and the first dy to its dx."""
 
     def forward(self, x: Any) -> tuple[Any, Any]:
-        y, saved = super().forward(x)
-        return x + y, saved
+        return super().forward_onto(x, x)
 
     def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> Any:
-        return dy + super().backward(dy, saved, wgrad)
+        return super().backward_onto(dy, saved, wgrad, dy)
+
+    forward_onto, backward_onto = Module.forward_onto, Module.backward_onto
 
 
 class Recompute(Module):

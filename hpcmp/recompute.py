@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .arrays import Array
 from .module import Module, Parameter, Recompute, Sequential
 from .wgrad import WGrad
 
@@ -48,6 +49,10 @@ class RecomputeInput(Module):
     def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> Any:
         z, kept = self.f.forward(saved)
         return self.f.backward(self.g.backward(dy, z, wgrad), kept, wgrad)
+
+    def backward_onto(self, dy: Any, saved: Any, wgrad: WGrad, onto: Array) -> Array:
+        z, kept = self.f.forward(saved)
+        return self.f.backward_onto(self.g.backward(dy, z, wgrad), kept, wgrad, onto)
 
 
 def recompute(block: Sequential, kind: str) -> Module:

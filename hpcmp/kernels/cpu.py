@@ -6,6 +6,8 @@ second-level cache, into buffers that are used again, and so differ from the ref
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,6 +50,11 @@ def square_sum(x: NDArray[np.floating]) -> float:
     return total
 
 
+def add_square_sum(total: NDArray[np.float64], x: NDArray[np.floating]) -> None:
+    """See ``reference.add_square_sum``."""
+    total += square_sum(x)
+
+
 def gelu(x: NDArray[np.floating]) -> NDArray[np.floating]:
     """See ``reference.gelu``."""
     y = np.empty(x.shape, x.dtype)
@@ -72,12 +79,15 @@ def adamw(
     grad: NDArray[np.floating],
     m: NDArray[np.floating],
     v: NDArray[np.floating],
-    **settings: float,
+    *,
+    out: NDArray[Any] | None = None,
+    **settings: Any,
 ) -> None:
     """See ``update.adamw``."""
     for a in range(0, data.size, _BLOCK):
         b = a + _BLOCK
-        update.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], **settings)  # type: ignore[arg-type]
+        rounded = None if out is None else out[a:b]
+        update.adamw(data[a:b], grad[a:b], m[a:b], v[a:b], out=rounded, **settings)
 
 
 def orthogonalise(x: NDArray[np.floating]) -> NDArray[np.floating]:

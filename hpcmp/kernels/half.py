@@ -16,8 +16,8 @@ import numpy as np
 from ..arrays import is_half
 from . import update
 
-#: Kernels that only move numbers.
-EXACT = {"rows", "embedding", "membership", "within_capacity"}
+#: Kernels that only move numbers, or round once as they are.
+EXACT = {"assign", "rows", "embedding", "membership", "within_capacity", "take_rows"}
 
 #: Of which results only the first (0) or none are 16-bit numbers again; all those of every other kernel are.
 ROUNDED: dict[str, tuple[int, ...]] = {
@@ -49,13 +49,13 @@ class Half:
     def __init__(self, wide: Any, native: frozenset[str] = frozenset()) -> None:
         for name, kernel in vars(wide).items():
             if not hasattr(update, name):
-                setattr(self, name, kernel if name in EXACT | native else _widened(name, kernel))
+                setattr(self, name, kernel if name in EXACT | native else widened(name, kernel))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no kernel {name!r}")
 
 
-def _widened(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def widened(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     rounded, over = ROUNDED.get(name), OVERWRITTEN.get(name)
 
     @functools.wraps(kernel)
@@ -84,4 +84,4 @@ def _widened(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_half(x: Any) -> bool:
-    return hasattr(x, "astype") and is_half(x.dtype)
+    return isinstance(getattr(x, "dtype", None), np.dtype) and is_half(x.dtype)

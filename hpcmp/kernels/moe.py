@@ -56,6 +56,21 @@ def within_capacity(chosen: Array, experts: int, most: int) -> Array:
     return xp.take_along_axis(taken, chosen, -1) <= most
 
 
+def take_rows(x: Array, index: Array, scale: Array | None = None) -> Array:
+    """y_i = x[index_i], zero where index_i is -1; times scale_i, if it is given.
+
+    x (m, h), index (n,), scale (n,), y (n, h). The adjoint, for an index without repetitions, takes by its inverse.
+    """
+    xp = array_module(x)
+    if not len(x):
+        return xp.zeros((len(index), x.shape[1]), x.dtype)
+    y = x[index]
+    y[index < 0] = 0
+    if scale is not None:
+        y *= scale[:, None]
+    return y
+
+
 def combine(gates: Array, choices: Array) -> Array:
     """y = sum_j gates_j choices_j, in the order of j. gates (t, k), choices (t, k, h), y (t, h)."""
     y = gates[:, :1] * choices[:, 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..arrays import Array, array_module
+from ..arrays import Array, array_module, wide
 from ..random import DropoutMask
 
 _GELU_A, _GELU_C = math.sqrt(2 / math.pi), 0.044715
@@ -99,13 +99,20 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, means: Callable[..., list[Array]] = _means
+    dy: Array,
+    x: Array,
+    weight: Array,
+    mean: Array,
+    rstd: Array,
+    means: Callable[..., list[Array]] = _means,
+    onto: Array | None = None,
 ) -> Array:
-    """dx = r (g - mean(g) - z mean(g z)), g = dy w, z = (x - mean) r."""
+    """dx = r (g - mean(g) - z mean(g z)), g = dy w, z = (x - mean) r; with ``onto``, onto + dx, as a residual needs."""
     normalised = (x - mean) * rstd
     g = dy * weight
     first, second = means(g, g * normalised)
-    return rstd * (g - first - normalised * second)
+    dx = rstd * (g - first - normalised * second)
+    return dx if onto is None else onto + dx
 
 
 def layer_norm_backward_weight(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
@@ -125,13 +132,19 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    dy: Array, x: Array, weight: Array, rstd: Array, means: Callable[..., list[Array]] = _means
+    dy: Array,
+    x: Array,
+    weight: Array,
+    rstd: Array,
+    means: Callable[..., list[Array]] = _means,
+    onto: Array | None = None,
 ) -> Array:
-    """dx = r (g - z mean(g z)), g = dy w, z = x r."""
+    """dx = r (g - z mean(g z)), g = dy w, z = x r; with ``onto``, onto + dx, as a residual needs."""
     normalised = x * rstd
     g = dy * weight
     (mean,) = means(g * normalised)
-    return rstd * (g - normalised * mean)
+    dx = rstd * (g - normalised * mean)
+    return dx if onto is None else onto + dx
 
 
 def rms_norm_backward_weight(dy: Array, x: Array, rstd: Array) -> Array:
@@ -139,9 +152,15 @@ def rms_norm_backward_weight(dy: Array, x: Array, rstd: Array) -> Array:
     return (dy * (x * rstd)).sum(tuple(range(dy.ndim - 1)))
 
 
-def dropout(x: Array, mask: DropoutMask) -> Array:
-    """y = x keep / (1 - rate), the mask's rows x's but for the last axis. Its own adjoint."""
-    return x * mask.scaled(x.dtype, array_module(x))
+def add(x: Array, y: Array) -> Array:
+    """x + y, of one shape."""
+    return x + y
+
+
+def dropout(x: Array, mask: DropoutMask, onto: Array | None = None) -> Array:
+    """y = x keep / (1 - rate), the mask's rows x's but for the last axis; with ``onto``, onto + y. Its own adjoint."""
+    y = x * mask.scaled(x.dtype, array_module(x))
+    return y if onto is None else onto + y
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -215,3 +234,13 @@ def square_sum(x: Array) -> float:
     """sum x^2, accumulated in float64."""
     xp = array_module(x)
     return float(xp.square(x, dtype="float64").sum()) if x.size else 0.0
+
+
+def add_square_sum(total: Array, x: Array) -> None:
+    """total += sum x^2, accumulated in float64, in place. total (1,), float64, where x is: nothing waits for it."""
+    total += array_module(x).square(x, dtype="float64").sum()
+
+
+def assign(target: Array, x: Array, factor: float = 1.0) -> None:
+    """target = factor x, of one shape and any two dtypes, in place, rounded once."""
+    target[...] = x if factor == 1 else x.astype(wide(x.dtype), copy=False) * wide(x.dtype).type(factor)

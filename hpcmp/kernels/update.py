@@ -16,9 +16,9 @@ _NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
 def adamw(
     data: Array, grad: Array, m: Array, v: Array, *, step: int, rate: float, betas: tuple[float, float], epsilon: float,
-    decay: float, grad_scale: float,
+    decay: float, grad_scale: float, out: Array | None = None,
 ) -> None:  # fmt: skip
-    """One step of AdamW.
+    """One step of AdamW. out: what gets the new weights besides, in its own dtype.
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,
     data <- data - rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + decay data)
@@ -27,6 +27,8 @@ def adamw(
     """
     update = adam_update(grad, m, v, step=step, betas=betas, epsilon=epsilon, grad_scale=grad_scale)
     data -= rate * (update + decay * data)
+    if out is not None:
+        out[...] = data
 
 
 def adam_update(

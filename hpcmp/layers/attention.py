@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from .. import kernels, partition
 from ..arrays import Array, array_module, wide
@@ -106,12 +110,22 @@ class Rope(Module):
 
     def _turn(self, x: tuple[Array, Array], sign: int) -> tuple[Array, Array]:
         q, kv = x
-        xp, rope = array_module(q), kernels.of(q).rope
-        frequency = self.theta ** (-xp.arange(0, self.head_size, 2) / self.head_size)
-        angle = xp.asarray(self.parallel.context())[:, None, None, None] * frequency
-        cos, sin = xp.cos(angle).astype(q.dtype), (sign * xp.sin(angle)).astype(q.dtype)
+        rope = kernels.of(q).rope
+        positions = np.asarray(self.parallel.context(), np.int64).tobytes()
+        cos, *sines = _turns(positions, self.head_size, self.theta, q.dtype, array_module(q))
+        sin = sines[sign < 0]
         beside = kv.reshape(*kv.shape[:3], 2 * self.head_size)  # keys, of which rope turns all, and values
         return rope(q, cos, sin), rope(beside, cos, sin).reshape(kv.shape)
+
+
+@functools.lru_cache(maxsize=1)  # every layer of a model has the same, forward and backward
+def _turns(
+    positions: bytes, head_size: int, theta: float, dtype: np.dtype[Any], xp: ModuleType
+) -> tuple[Array, Array, Array]:
+    """cos, sin and -sin of the angles at some positions (int64), each (s, 1, 1, d/2)."""
+    frequency = theta ** (-xp.arange(0, head_size, 2) / head_size)
+    angle = xp.asarray(np.frombuffer(positions, np.int64))[:, None, None, None] * frequency
+    return xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype), (-xp.sin(angle)).astype(dtype)
 
 
 def attention_core(heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> Module:

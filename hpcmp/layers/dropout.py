@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,18 +32,21 @@ class Dropout(Module):
         self.columns = parallel.tp_y.part(hidden)
 
     def forward(self, x: Array) -> tuple[Array, DropoutMask | None]:
+        return self.forward_onto(x, None)
+
+    def forward_onto(self, x: Array, onto: Array | None) -> tuple[Array, DropoutMask | None]:
         place = self.parallel.cursor.place
         if self.rate == 0 or not place.training:
-            return x, None
+            return x if onto is None else kernels.of(x).add(onto, x), None
         xp, here = array_module(x), self.parallel.positions()
         mask = random.DropoutMask(
             self.rate,
             random.key(self.parallel.cursor.seed, self.name, place.step),
-            xp.asarray(here)[:, None],
+            _there(here, xp)[:, None],
             samples(place, x.shape[1], xp),
             (self.columns,),
         )
-        return kernels.of(x).dropout(x, mask), mask
+        return kernels.of(x).dropout(x, mask, onto), mask
 
     def backward(self, dy: Array, saved: DropoutMask | None, wgrad: WGrad) -> Array:
         return dy if saved is None else kernels.of(dy).dropout(dy, saved)
@@ -68,7 +73,7 @@ def attention_mask(
     return random.DropoutMask(
         rate,
         random.key(cursor.seed, name, place.step),
-        xp.asarray(queries),
+        _there(queries, xp),
         samples(place, like.shape[1], xp)[:, None, None],
         tuple(slice(int(r[0]), int(r[-1]) + 1) for r in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1)),
         xp.arange(heads.start, heads.stop)[:, None],
@@ -77,4 +82,15 @@ def attention_mask(
 
 def samples(place: Place, batch: int, xp: Any) -> Array:
     """Each sample's index within the global batch."""
-    return xp.arange(batch) if place.samples is None else xp.asarray(place.samples)
+    return xp.arange(batch) if place.samples is None else _there(place.samples, xp)
+
+
+def _there(indices: NDArray[np.int64], xp: ModuleType) -> Array:
+    """The same numbers as an array of ``xp``. Every layer of a microbatch asks for the same ones, and a copy to a GPU
+    makes the host wait for what it has queued: there is one for all of them."""
+    return indices if xp is np else _copied(np.asarray(indices, np.int64).tobytes(), xp)
+
+
+@functools.lru_cache(maxsize=16)
+def _copied(numbers: bytes, xp: ModuleType) -> Array:
+    return xp.asarray(np.frombuffer(numbers, np.int64))

@@ -80,7 +80,7 @@ class ColumnParallelLinear(Module):
         dx = None
         for d, weight in zip(flat, self.weights.values(), strict=True):
             part = k.matmul_transposed(d, matrix(weight.data, 1))
-            dx = part if dx is None else dx + part
+            dx = part if dx is None else k.add(dx, part)
         leaving = self.enter.T.start(dx)
         wgrad(self.backward_weight, whole.wait(), flat)  # hides the exit of dX
         return leaving.wait()

@@ -29,9 +29,12 @@ class LayerNorm(Module):
         return y, (x, mean, rstd)
 
     def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> Array:
+        return self.backward_onto(dy, saved, wgrad, None)
+
+    def backward_onto(self, dy: Array, saved: Any, wgrad: WGrad, onto: Array | None) -> Array:
         x, mean, rstd = saved
         wgrad(self.backward_weight, dy, x, mean, rstd)
-        return kernels.of(x).layer_norm_backward(dy, x, self.weight.data, mean, rstd, **self.means)
+        return kernels.of(x).layer_norm_backward(dy, x, self.weight.data, mean, rstd, **self.means, onto=onto)
 
     def backward_weight(self, dy: Array, x: Array, mean: Array, rstd: Array) -> None:
         """dw += sum dy z, db += sum dy."""
@@ -56,9 +59,12 @@ class RMSNorm(Module):
         return y, (x, rstd)
 
     def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> Array:
+        return self.backward_onto(dy, saved, wgrad, None)
+
+    def backward_onto(self, dy: Array, saved: Any, wgrad: WGrad, onto: Array | None) -> Array:
         x, rstd = saved
         wgrad(self.backward_weight, dy, x, rstd)
-        return kernels.of(x).rms_norm_backward(dy, x, self.weight.data, rstd, **self.means)
+        return kernels.of(x).rms_norm_backward(dy, x, self.weight.data, rstd, **self.means, onto=onto)
 
     def backward_weight(self, dy: Array, x: Array, rstd: Array) -> None:
         """dw += sum dy z."""

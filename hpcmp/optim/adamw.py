@@ -42,4 +42,5 @@ class AdamW(Optimizer):
             epsilon=self.epsilon,
             decay=self.decay(bucket),
             grad_scale=grad_scale,
+            out=bucket.rounding(),
         )

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import partition
+from .. import kernels, partition
 from ..arrays import Array
 from ..comm.base import Communicator, Pending, Solo
 from ..comm.mesh import Mesh
@@ -75,6 +75,7 @@ class Bucket:
         self.filling = 0  # parameters whose gradient ``full`` still waits for, with zero > 1
         self._scattering: list[Pending] = []
         self._gathering: Pending | None = None
+        self._rounded = False  # whether ``data`` has the new masters already
         self.pending: list[Pending] | None = None
 
     def part(self, flat: Array) -> Array:
@@ -156,14 +157,23 @@ class Bucket:
         for pending in (*self._scattering, *(self.pending or ())):
             pending.test()
 
+    def rounding(self) -> Array | None:
+        """This rank's part of ``data``, for an optimizer that writes the new masters there as it makes them, which
+        ``publish`` then leaves out; None where there is nothing to write."""
+        if self.view or self.zero == 3:
+            return None
+        self._rounded = True
+        return self.part(self.data)
+
     def publish(self) -> None:
         """Begin to make ``data`` of the masters of all ranks; ``arrive`` waits. With zero = 3 the old data go."""
         if self.zero == 3:
             self.drop()
             return
         here = self.part(self.data)
-        if not self.view:
-            here[...] = self.master
+        if not (self.view or self._rounded):
+            kernels.of(self.master).assign(here, self.master)
+        self._rounded = False
         if self.zero:
             self._gathering = self.sharding.all_gather_v(here, self.rows)
 

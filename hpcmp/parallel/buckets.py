@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import kernels
-from ..arrays import wide
+from ..arrays import to_host, wide
 from ..comm.mesh import Mesh
 from ..module import Module, Parameter
 from .bucket import Bucket as Bucket
@@ -142,17 +142,19 @@ class Buckets:
         norm^2 = sum over ranks of sum over owned g^2 of the shard, in float64; of copies of a shard the first counts.
         Collective over the mesh.
         """
-        total = 0.0
+        xp = self.buckets[0].xp if self.buckets else np
+        total = xp.zeros(1)  # where the gradients are, so that the host waits once, for the sum
         for bucket in self.buckets:
             if bucket.replicas.rank:
                 continue
-            square_sum = kernels.of(bucket.grad).square_sum
+            add_square_sum = kernels.of(bucket.grad).add_square_sum
             if all(p.owned == p.index for p in bucket.parameters):
-                total += square_sum(bucket.grad)
+                add_square_sum(total, bucket.grad)
             else:
                 pieces = (piece.cut(bucket.grad[piece.place], piece.parameter.owned) for piece in bucket.pieces())
-                total += sum(square_sum(part) for parts in pieces for _, part in parts)
-        return math.sqrt(float(self.mesh[Mesh.axes].all_reduce(np.array([total])).wait()[0]))
+                for _, part in (pair for parts in pieces for pair in parts):
+                    add_square_sum(total, part)
+        return math.sqrt(float(self.mesh[Mesh.axes].all_reduce(to_host(total)).wait()[0]))
 
     def bytes(self) -> dict[str, int]:
         """What this rank holds in ``parameters`` (weights that layers use), ``gradients`` and ``master`` weights that

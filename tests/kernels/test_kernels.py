@@ -37,6 +37,15 @@ def norm_arguments(d: Sizes, rms: bool) -> dict[str, Array]:
     return {"dy": d.real(d.s, 2, 7), "x": x, "weight": weight, "mean": mean, "rstd": rstd}
 
 
+def onto(d: Sizes, *shape: int) -> list[Array]:
+    """The array that a kernel adds its result to, for some of the sizes."""
+    return [d.real(d.s, *shape)] if d.s in (3, 5) else []
+
+
+def norm_backward_arguments(d: Sizes, rms: bool) -> list[Any]:
+    return [*norm_arguments(d, rms).values(), reference._means, *onto(d, 2, 7)]
+
+
 def attention_mask(s: int, b: int, n: int, t: int) -> DropoutMask:
     """Of (b, n, s, t): the keys in two runs, as on a ring."""
     runs = slice(2, 2 + t // 2), slice(9 + t // 2, 9 + t)
@@ -86,15 +95,18 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "dropout": lambda d: [
         d.real(d.s, 2, d.f),
         DropoutMask(0.2, (3, 4), np.arange(d.s)[:, None], np.array([7, 2]), (slice(5, 5 + d.f),)),
+        *onto(d, 2, d.f),
     ],
+    "add": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
+    "assign": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f), 0.5],
     "gelu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
     "swiglu": lambda d: [d.real(d.s, 2, 2, d.f)],
     "swiglu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, 2, d.f)],
     "layer_norm": lambda d: [d.real(d.s, 2, 7), d.real(7), d.real(7), 1e-5],
-    "layer_norm_backward": lambda d: list(norm_arguments(d, False).values()),
+    "layer_norm_backward": lambda d: norm_backward_arguments(d, False),
     "layer_norm_backward_weight": lambda d: [v for k, v in norm_arguments(d, False).items() if k != "weight"],
     "rms_norm": lambda d: [d.real(d.s, 2, 7), d.real(7), 1e-5],
-    "rms_norm_backward": lambda d: list(norm_arguments(d, True).values()),
+    "rms_norm_backward": lambda d: norm_backward_arguments(d, True),
     "rms_norm_backward_weight": lambda d: [v for k, v in norm_arguments(d, True).items() if k != "weight"],
     "rope": lambda d: [d.real(d.s, 2, 3, 8 + d.f % 4), d.real(d.s, 1, 1, 4), d.real(d.s, 1, 1, 4)],
     "attention": lambda d: attention_arguments(d, False),
@@ -105,11 +117,13 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "cross_entropy_parts": cross_entropy_arguments,
     "cross_entropy_backward": lambda d: [abs(d.real(d.s, 2)), *cross_entropy_arguments(d), 3 + d.real(d.s, 2)],
     "square_sum": lambda d: [d.real(d.s, 2, d.f)],
+    "add_square_sum": lambda d: [np.ones(1), d.real(d.s, 2, d.f)],
     "router_scores": lambda d: [d.real(d.s, 2, 7), "softmax"],
     "router_scores_backward": lambda d: [d.real(d.s, 2, 7), abs(d.real(d.s, 2, 7)), "sigmoid"],
     "top_k": lambda d: [d.real(d.s, 2, 7), 3],
     "membership": lambda d: [chosen(d), 7],
     "within_capacity": lambda d: [chosen(d), 7, 2],
+    "take_rows": lambda d: [d.real(d.s, d.f), d.whole(-1, d.s, 2 * d.s + 1), d.real(2 * d.s + 1)],
     "combine": lambda d: [d.real(d.s, 3), d.real(d.s, 3, d.f)],
     "combine_backward_gates": lambda d: [d.real(d.s, d.f), d.real(d.s, 3, d.f)],
     "adamw": adamw_arguments,
@@ -163,7 +177,7 @@ def test_every_kernel_set_does_as_the_reference_in_double_precision(
         for y, z in zip(run(kernel_set, name, arguments, contiguous), expected, strict=True):
             assert np.shape(y) == np.shape(z)
             if isinstance(y, np.ndarray) and y.dtype.kind == "f":
-                assert y.dtype == dtype
+                assert y.dtype == dtype or name == "add_square_sum"
             scale = max(1.0, float(np.abs(z).max(initial=0)))
             np.testing.assert_allclose(y, z, rtol=0, atol=tolerance * scale)
 

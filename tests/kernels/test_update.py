@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hpcmp import kernels
+from hpcmp.arrays import dtype_of
 from hpcmp.kernels import update
 
 RNG = np.random.default_rng
@@ -26,6 +29,16 @@ def test_adamw_is_the_papers_algorithm() -> None:
             direction = (mi / (1 - b1**step)) / (math.sqrt(vi / (1 - b2**step)) + 1e-8)
             expected[i] = w - rate * (direction + decay * w), mi, vi
         np.testing.assert_allclose(np.stack([data, m, v], 1), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "kernel_set", [kernels.CPU, kernels.NUMPY, kernels.REFERENCE], ids=["cpu", "numpy", "reference"]
+)
+def test_adamw_rounds_the_weights_beside_their_masters(kernel_set: Any) -> None:
+    data, grad, m, v = abs(RNG(1).normal(size=(4, 70001))).astype(np.float32)
+    out, settings = np.zeros(70001, dtype_of("bfloat16")), {"step": 2, "betas": (0.9, 0.95), "epsilon": 1e-8}
+    kernel_set.adamw(data, grad, m, v, rate=0.1, decay=0.1, grad_scale=1.0, out=out, **settings)
+    np.testing.assert_array_equal(out, data.astype(out.dtype))
 
 
 def test_sgd_with_momentum() -> None:

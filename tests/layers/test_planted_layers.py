@@ -41,7 +41,7 @@ BLOCK = test_dropout.CASES["block"]
 def kernel(name: str, wrong: Callable[..., Any]) -> Plant:
     """``wrong`` in place of a kernel; it is given the right one first."""
     right = getattr(kernels.CPU, name)
-    return lambda patch: patch.setattr(kernels.CPU, name, lambda *args: wrong(right, *args))
+    return lambda patch: patch.setattr(kernels.CPU, name, lambda *args, **more: wrong(right, *args, **more))
 
 
 def in_place(right: Callable[..., Array], x: Array) -> Array:
@@ -90,7 +90,7 @@ def turning_the_same_way_back(patch: pytest.MonkeyPatch) -> None:
 SERIAL: dict[str, tuple[Plant, Case]] = {
     "a wrong constant in gelu's backward": (kernel("gelu_backward", lambda right, dy, x: right(dy, 1.01 * x)), MLP),
     "a gradient of layer norm without its mean": (
-        kernel("layer_norm_backward", lambda right, dy, x, w, mean, rstd: rstd * dy * w),
+        kernel("layer_norm_backward", lambda right, dy, x, w, mean, rstd, onto=None: rstd * dy * w),
         NORM,
     ),
     "a bias gradient twice": (

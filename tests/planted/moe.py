@@ -51,8 +51,12 @@ def rows_returned_in_another_order(patch: Patch) -> None:
 @planted("dp=2,ep=2", **MOE)
 def weights_of_two_choices_swapped(patch: Patch) -> None:
     """What came over the ranks from a token's first choice gets the weight of its second."""
-    right = Dispatch._place
-    patch.setattr(Dispatch, "_place", lambda self, rows: right(self, rows)[:, :: -1 if self.ep.size > 1 else 1])
+
+    def break_it(self: Any, *_: Any) -> None:
+        if self.ep.size > 1:
+            self._place = self._place.reshape(self.choices)[:, ::-1].reshape(-1)
+
+    after(patch, Dispatch, "__init__", break_it)
 
 
 @planted("dp=2,ep=2", **MOE)
@@ -60,7 +64,7 @@ def rows_grouped_by_rank_instead_of_expert(patch: Patch) -> None:
     """A rank's rows go to its experts in the order of the ranks that they came from, not of the experts."""
 
     def break_it(self: Any, *_: Any) -> None:
-        self._regroup = self._ungroup = slice(None)
+        self._regroup = self._ungroup = None
 
     after(patch, Dispatch, "__init__", break_it)
 

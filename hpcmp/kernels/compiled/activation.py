@@ -59,13 +59,13 @@ def _pairs(x: Floats) -> Floats:
     return rows
 
 
-def dropout(x: Floats, mask: DropoutMask) -> Floats:
+def dropout(x: Floats, mask: DropoutMask, onto: Floats | None = None) -> Floats:
     """See ``reference.dropout``."""
     y = np.empty(x.shape, x.dtype)
     source, target = reference.rows(np.ascontiguousarray(x)), reference.rows(y)
     drawn = rows_of(mask, x.dtype)
     share(len(target), y.size, lambda a, b: _dropout(source[a:b], target[a:b], drawn, a))
-    return y
+    return y if onto is None else np.add(y, onto, out=y)
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> Floats:

@@ -40,11 +40,17 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    dy: Floats, x: Floats, weight: Floats, mean: Floats, rstd: Floats, means: Any = reference._means
+    dy: Floats,
+    x: Floats,
+    weight: Floats,
+    mean: Floats,
+    rstd: Floats,
+    means: Any = reference._means,
+    onto: Floats | None = None,
 ) -> Floats:
     """See ``reference.layer_norm_backward``, which does it where ``means`` are taken over several ranks."""
     if means is not reference._means:
-        found: Floats = reference.layer_norm_backward(dy, x, weight, mean, rstd, means)
+        found: Floats = reference.layer_norm_backward(dy, x, weight, mean, rstd, means, onto)
         return found
     dx = np.empty(x.shape, x.dtype)
     given, source, target, m, r = _rows(dy), _rows(x), reference.rows(dx), _column(mean), _column(rstd)
@@ -54,7 +60,7 @@ def layer_norm_backward(
         x.size,
         lambda a, b: _layer_norm_backward(given[a:b], source[a:b], w, m[a:b], r[a:b], target[a:b]),
     )
-    return dx
+    return dx if onto is None else np.add(dx, onto, out=dx)
 
 
 def layer_norm_backward_weight(dy: Floats, x: Floats, mean: Floats, rstd: Floats) -> tuple[Floats, Floats]:
@@ -82,16 +88,18 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float, means: Any = reference._
     return y, rstd
 
 
-def rms_norm_backward(dy: Floats, x: Floats, weight: Floats, rstd: Floats, means: Any = reference._means) -> Floats:
+def rms_norm_backward(
+    dy: Floats, x: Floats, weight: Floats, rstd: Floats, means: Any = reference._means, onto: Floats | None = None
+) -> Floats:
     """See ``reference.rms_norm_backward``, which does it where ``means`` are taken over several ranks."""
     if means is not reference._means:
-        found: Floats = reference.rms_norm_backward(dy, x, weight, rstd, means)
+        found: Floats = reference.rms_norm_backward(dy, x, weight, rstd, means, onto)
         return found
     dx = np.empty(x.shape, x.dtype)
     given, source, target, r = _rows(dy), _rows(x), reference.rows(dx), _column(rstd)
     w = np.ascontiguousarray(weight)
     share(len(source), x.size, lambda a, b: _rms_norm_backward(given[a:b], source[a:b], w, r[a:b], target[a:b]))
-    return dx
+    return dx if onto is None else np.add(dx, onto, out=dx)
 
 
 def rms_norm_backward_weight(dy: Floats, x: Floats, rstd: Floats) -> Floats:

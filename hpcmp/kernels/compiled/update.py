@@ -20,15 +20,19 @@ def _plain(*arrays: Floats) -> bool:
     return all(x.flags.c_contiguous and x.ndim == 1 for x in arrays)
 
 
-def adamw(data: Floats, grad: Floats, m: Floats, v: Floats, **settings: Any) -> None:
+def adamw(
+    data: Floats, grad: Floats, m: Floats, v: Floats, *, out: NDArray[Any] | None = None, **settings: Any
+) -> None:
     """See ``update.adamw``."""
     if not _plain(data, grad, m, v):
-        specification.adamw(data, grad, m, v, **settings)
+        specification.adamw(data, grad, m, v, out=out, **settings)
         return
     rate, decay = settings.pop("rate"), settings.pop("decay")
     numbers = _adam(data.dtype, **settings)
     last = data.dtype.type(rate), data.dtype.type(decay)
     share(data.size, data.size, lambda a, b: _adamw(data[a:b], grad[a:b], m[a:b], v[a:b], *numbers, *last))
+    if out is not None:
+        out[...] = data
 
 
 def adam_update(grad: Floats, m: Floats, v: Floats, **settings: Any) -> Floats:

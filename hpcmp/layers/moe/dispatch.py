@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ... import kernels, partition
@@ -35,24 +33,26 @@ class Dispatch:
         keys = chosen.reshape(-1) * chosen.size + xp.arange(chosen.size)  # all different: any sort gives one order
         self.order = xp.argsort(keys)[: sum(self.sent)]
         self.token = self.order // chosen.shape[1]
+        self._place = xp.full(chosen.size, -1)  # the inverse of ``order``
+        self._place[self.order] = xp.arange(self.order.size)
         expert = np.repeat(np.tile(np.arange(here.shape[1]), len(here)), here.reshape(-1))
         regroup = np.argsort(expert, kind="stable")
         sorted_already = ep.size == 1 or here.shape[1] <= 1
-        self._regroup: Any = slice(None) if sorted_already else xp.asarray(regroup)
-        self._ungroup: Any = slice(None) if sorted_already else xp.asarray(np.argsort(regroup, kind="stable"))
+        self._regroup = None if sorted_already else xp.asarray(regroup)
+        self._ungroup = None if sorted_already else xp.asarray(np.argsort(regroup, kind="stable"))
 
     def start(self, x: Array) -> Pending:
         """Rows in ``order`` -> the rows of this rank's experts. Its adjoint, and its inverse, is ``start_back``."""
         pending = self.ep.all_to_all_v(x, self.sent, self.received)
-        return Pending(pending, (), lambda arriving: arriving.wait()[self._regroup])
+        return Pending(pending, (), lambda arriving: _moved(arriving.wait(), self._regroup))
 
     def start_back(self, y: Array) -> Pending:
         """The rows of this rank's experts -> (T, k, h), zero for a choice that is dropped."""
-        pending = self.ep.all_to_all_v(y[self._ungroup], self.received, self.sent)
-        return Pending(pending, (), lambda arriving: self._place(arriving.wait()))
+        pending = self.ep.all_to_all_v(_moved(y, self._ungroup), self.received, self.sent)
+        shape = *self.choices, y.shape[1]
+        return Pending(pending, (), lambda arriving: _moved(arriving.wait(), self._place).reshape(shape))
 
-    def _place(self, rows: Array) -> Array:
-        tokens, k = self.choices
-        placed = array_module(rows).zeros((tokens * k, rows.shape[1]), rows.dtype)
-        placed[self.order] = rows
-        return placed.reshape(tokens, k, rows.shape[1])
+
+def _moved(rows: Array, index: Array | None) -> Array:
+    """The rows in the order of ``index``; as they are without one."""
+    return rows if index is None else kernels.of(rows).take_rows(rows, index)

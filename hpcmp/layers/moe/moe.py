@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from ... import kernels
@@ -63,7 +62,7 @@ class MixtureOfExperts(Module):
         (gates, chosen), routed = self.router.forward(whole)
         gates = gates.astype(whole.dtype)
         dispatch = Dispatch(self.ep, chosen, self.count)
-        going = dispatch.start(tokens[dispatch.token])
+        going = dispatch.start(k.take_rows(tokens, dispatch.token))
         y, always = self.shared.forward((tokens, [len(tokens)])) if self.shared else (0, None)
         rows, kept = self.experts.forward((going.wait(), dispatch.rows))
         choices = dispatch.start_back(rows).wait()
@@ -74,8 +73,7 @@ class MixtureOfExperts(Module):
         gates, choices, dispatch, routed, kept, always = saved
         whole = self.leave.T(dy)
         k, dtokens = kernels.of(whole), kernels.of(whole).rows(whole)
-        weights = gates.reshape(math.prod(gates.shape), 1)
-        going = dispatch.start(weights[dispatch.order] * dtokens[dispatch.token])
+        going = dispatch.start(k.take_rows(dtokens, dispatch.token, gates.reshape(-1)[dispatch.order]))
         dx = k.rows(self.router.backward(k.combine_backward_gates(dtokens, choices), routed, wgrad))
         if self.shared:
             dx = dx + self.shared.backward(dtokens, always, wgrad)
