@@ -32,8 +32,8 @@ class KernelSet:
         raise AttributeError(f"there is no kernel {name!r}")
 
 
-REFERENCE, NUMPY, CUDA = KernelSet(), KernelSet(cpu), KernelSet(cuda)
-NUMPY_HALF, CUDA_HALF = Half(NUMPY), Half(CUDA, native=frozenset({"matmul", "matmul_transposed"}))
+REFERENCE, NUMPY, CUDA = KernelSet(), KernelSet(cpu), KernelSet(*cuda.MODULES)
+NUMPY_HALF, CUDA_HALF = Half(NUMPY), Half(CUDA, native=cuda.NATIVE | {"matmul", "matmul_transposed"})
 
 _kind = os.environ.get("HPCMP_KERNELS", "auto")
 
