@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..comm.check import ranks_text
 from ..errors import InputError
+from ..kernels.cuda import choices
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +31,7 @@ def check_alike(config: Config, comm: MPI.Intracomm | None) -> None:
     from ..comm.survive import hold
 
     mine = {f"{section}.{key}": value for section, table in config.to_dict().items() for key, value in table.items()}
-    mine |= {"hpcmp": code()}
+    mine |= {"hpcmp": code(), "HPCMP_GEMM_CHOICES": choices.digest()}
     text = repr(sorted(mine.items()))
     own = hold(comm.Dup())
     try:

@@ -26,7 +26,15 @@ log = logging.getLogger("hpcmp")
 
 NAME = "manifest.jsonl"
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
-_SETTINGS = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HPCMP_NODES", "HPCMP_CUDA_AWARE", "SLURM_JOB_NODELIST"
+_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HPCMP_NODES",
+    "HPCMP_CUDA_AWARE",
+    "HPCMP_CUDNN",
+    "HPCMP_GEMM_CHOICES",
+    "SLURM_JOB_NODELIST",
+)
 
 
 def begin(config: Config, mesh: Mesh, inputs: Inputs, folder: Path, run: str, step: int) -> None:

@@ -45,18 +45,25 @@ def test_the_code_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("what", ["seed", "layout", "code"])
+@pytest.mark.parametrize("what", ["seed", "layout", "code", "choices"])
 @pytest.mark.fault(13)
-def test_a_rank_that_differs_is_refused_on_all(world: Intracomm, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_differs_is_refused_on_all(
+    world: Intracomm, what: str, monkeypatch: pytest.MonkeyPatch, mpi_tmp_path: Path
+) -> None:
     odd, last = world.rank == world.size - 1, world.size - 1
     config = Config()
     if what == "seed":
         config = dataclasses.replace(config, train=Train(seed=7 if odd else 0))
     elif what == "layout":  # ranks that cut their groups differently would wait for each other for ever
         config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, tp=world.size if odd else 1))
+    elif what == "choices":  # of algorithms of matrix products
+        file = mpi_tmp_path / f"choices{odd:d}"
+        file.write_text(f"{odd}")
+        monkeypatch.setenv("HPCMP_GEMM_CHOICES", str(file))
     elif odd:
         monkeypatch.setattr(alike, "code", lambda: "0.0.1, sources 00")
-    key = {"seed": "train.seed is 0", "layout": "layout.tp is 1", "code": "hpcmp is "}[what]
+    keys = {"seed": "train.seed is 0", "layout": "layout.tp is 1", "code": "hpcmp is ", "choices": "HPCMP_GEMM_CHOICES"}
+    key = keys[what]
     with pytest.raises(InputError, match=rf"different settings: {key}.* on rank.*, .* on rank {last}$"):
         Trainer(config, world)
 

@@ -1,0 +1,205 @@
+"""Attention by cuDNN's fused kernels, for 16-bit arrays: a graph for each shape, described, built once, executed by
+pointers.
+
+Needs the package nvidia-cudnn-frontend (the module ``cudnn``) and the library cuDNN 9. hpcmp's arrays are given as they
+lie, with their strides: nothing is transposed. cuDNN's softmax statistics are the log-sum-exp of a row in natural
+logarithms, float32, what ``attention.attention`` returns.
+
+Not here: dropout. hpcmp draws it by global index; cuDNN draws by counters of its own, and its custom mask would be an
+array of s x t numbers a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...arrays import Array, array_module, is_half
+from ...errors import InputError
+
+#: Operands and results of a graph; their position, from 1 on, is the uid.
+FORWARD = "q", "k", "v", "o", "stats"
+BACKWARD = "q", "k", "v", "o", "dO", "stats", "dQ", "dK", "dV"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """How an operand lies: (batch, heads, rows, columns), strides in numbers."""
+
+    dim: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What cuDNN is asked for: one attention operation, its operands and results in the order of ``names``."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    scale: float
+    causal: bool
+
+
+def describe(names: tuple[str, ...], arrays: tuple[Array, ...], scale: float, causal: bool) -> Graph:
+    """The graph of ``names`` over ``arrays``: of (s, b, n, d), and of (b, n, s) for the statistics."""
+    return Graph(names, tuple(map(_tensor, arrays)), scale, causal)
+
+
+def _tensor(x: Array) -> Tensor:
+    view = x[..., None] if x.ndim == 3 else x.transpose(1, 2, 0, 3)
+    stride = tuple(s // x.itemsize for s in view.strides[:3])
+    return Tensor(view.shape, (*stride, 1), x.dtype.name)
+
+
+class Library:
+    """cuDNN on the current device: builds graphs, and executes them on CuPy's current stream."""
+
+    def __init__(self) -> None:
+        import cudnn
+
+        self.cudnn, self.workspaces = cudnn, dict[int, Any]()
+        self.handle = cudnn.create_handle()
+
+    def graph(self, graph: Graph, **settings: Any) -> Any:
+        """The ``cudnn.pygraph`` of a description."""
+        kind = self.cudnn.data_type
+        types = {"float16": kind.HALF, "bfloat16": kind.BFLOAT16, "float32": kind.FLOAT}
+        made = self.cudnn.pygraph(
+            io_data_type=types[graph.tensors[0].dtype],
+            intermediate_data_type=kind.FLOAT,
+            compute_data_type=kind.FLOAT,
+            **settings,
+        )
+        backward = graph.names == BACKWARD
+        results = graph.names[-3:] if backward else graph.names[-2:]
+        described = dict(zip(graph.names, graph.tensors, strict=True))
+        operands = {
+            name: made.tensor(
+                name=name,
+                dim=list(t.dim),
+                stride=list(t.stride),
+                data_type=types[t.dtype],
+                uid=graph.names.index(name) + 1,
+            )
+            for name, t in described.items()
+            if name not in results
+        }
+        common = {
+            **operands,
+            "attn_scale": graph.scale,
+            "diagonal_alignment": self.cudnn.diagonal_alignment.TOP_LEFT,
+            "diagonal_band_right_bound": 0 if graph.causal else None,
+        }
+        if backward:  # deterministic: hpcmp promises the same bits in every run
+            found = made.sdpa_backward(name="attention_backward", use_deterministic_algorithm=True, **common)
+        else:
+            found = made.sdpa(name="attention", generate_stats=True, **common)
+        for name, tensor in zip(results, found, strict=True):
+            t = described[name]
+            tensor.set_output(True).set_uid(graph.names.index(name) + 1)
+            tensor.set_dim(list(t.dim)).set_stride(list(t.stride)).set_data_type(types[t.dtype])
+        return made
+
+    def build(self, graph: Graph) -> Any | None:
+        """An executable graph; None where cuDNN or this GPU does not support it."""
+        made = self.graph(graph, handle=self.handle)
+        try:
+            made.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
+        except self.cudnn.cudnnGraphNotSupportedError:
+            return None
+        return made, made.get_workspace_size()
+
+    def execute(self, built: Any, pointers: tuple[int, ...]) -> None:
+        """Run a built graph over arrays at these addresses. The workspace is kept, one a stream."""
+        import cupy
+
+        graph, size = built
+        stream = cupy.cuda.get_current_stream().ptr
+        workspace = self.workspaces.get(stream)
+        if workspace is None or workspace.size < size:
+            workspace = self.workspaces[stream] = cupy.empty(max(size, 1), np.uint8)
+        self.cudnn.set_stream(self.handle, stream)
+        graph.execute(dict(enumerate(pointers, 1)), workspace.data.ptr, handle=self.handle)
+
+
+@functools.cache
+def library() -> Any | None:
+    """cuDNN, or None: without the package or the library, or with HPCMP_CUDNN=no in the environment.
+
+    Raises InputError for another word there than "no" and "auto".
+    """
+    word = os.environ.get("HPCMP_CUDNN", "auto")
+    if word not in ("auto", "no"):
+        raise InputError(f"HPCMP_CUDNN={word}: expected no or auto")
+    if word == "no":
+        return None
+    try:
+        return Library()
+    except (ImportError, OSError, RuntimeError):  # RuntimeError: the package finds no libcudnn
+        return None
+
+
+#: What a layout's graph was built to, forward and backward; None where it is not supported.
+_built: dict[tuple[Any, ...], Any] = {}
+
+
+def serves(q: Array, kv: Array) -> bool:
+    """Whether to ask cuDNN at all: 16-bit numbers, and head sizes that are multiples of 8 up to 256."""
+    d = q.shape[-1]
+    return is_half(q.dtype) and kv.dtype == q.dtype and d % 8 == 0 and 0 < d <= 256 and library() is not None
+
+
+def attention(q: Array, kv: Array, scale: float, causal: bool) -> tuple[Array, Array] | None:
+    """``attention.attention`` without dropout, of arrays that are not empty; None where cuDNN does not support it."""
+    q, kv = _aligned(q), _aligned(kv)
+    (s, b, n, d), xp = q.shape, array_module(q)
+    o, lse = xp.empty(q.shape, q.dtype), xp.empty((b, n, s), np.float32)
+    layout = q.dtype, q.shape, q.strides, kv.shape, kv.strides, scale, causal
+    if layout not in _built:
+        k = kv[..., 0, :]
+        _built[layout] = _library().build(describe(FORWARD, (q, k, k, o, lse), scale, causal))
+    if (built := _built[layout]) is None:
+        return None
+    k_at = _address(kv)
+    _library().execute(built, (_address(q), k_at, k_at + d * kv.itemsize, _address(o), _address(lse)))
+    return o, lse
+
+
+def attention_backward(
+    do: Array, q: Array, kv: Array, o: Array, lse: Array, scale: float, causal: bool
+) -> tuple[Array, Array] | None:
+    """``attention.attention_backward`` without dropout, of arrays that are not empty; None as above."""
+    do, q, kv, o = (_aligned(x) for x in (do, q, kv, o))
+    xp = array_module(q)
+    lse = xp.ascontiguousarray(lse, np.float32)
+    dq, dkv = xp.empty(q.shape, q.dtype), xp.empty(kv.shape, kv.dtype)
+    layout = q.dtype, q.shape, q.strides, kv.shape, kv.strides, o.strides, do.strides, scale, causal
+    if layout not in _built:
+        k, dk = kv[..., 0, :], dkv[..., 0, :]
+        _built[layout] = _library().build(describe(BACKWARD, (q, k, k, o, do, lse, dq, dk, dk), scale, causal))
+    if (built := _built[layout]) is None:
+        return None
+    k_at, dk_at, step = _address(kv), _address(dkv), q.shape[-1] * kv.itemsize
+    operands = _address(q), k_at, k_at + step, _address(o), _address(do), _address(lse)
+    _library().execute(built, (*operands, _address(dq), dk_at, dk_at + step))
+    return dq, dkv
+
+
+def _library() -> Any:
+    """cuDNN, which is here (``serves``)."""
+    return library()
+
+
+def _address(x: Array) -> int:
+    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+
+
+def _aligned(x: Array) -> Array:
+    """``x``, or a copy: rows of adjacent numbers that begin at multiples of 16 bytes, as cuDNN reads them."""
+    fits = x.strides[-1] == x.itemsize and not any(step % 16 for step in x.strides[:-1]) and _address(x) % 16 == 0
+    return x if fits and (x.ndim == 4 or x.strides[-2] == x.shape[-1] * x.itemsize) else x.copy()
