@@ -78,11 +78,11 @@ def jobs(args: argparse.Namespace, python: str | None, weights: str) -> list[Job
     return made
 
 
-def check_losses(losses: dict[str, list[float]]) -> float:
-    """The largest relative difference to hpcmp's losses. SystemExit if it is more than TOLERANCE."""
+def check_losses(losses: dict[str, list[float]], tolerance: float = TOLERANCE) -> float:
+    """The largest relative difference to hpcmp's losses. SystemExit if it is more than ``tolerance``."""
     mine = losses["hpcmp"]
     differences = [abs(a - b) / abs(b) for other in losses.values() for a, b in zip(other, mine, strict=True)]
-    if not all(d <= TOLERANCE for d in differences):
+    if not all(d <= tolerance for d in differences):
         raise SystemExit(f"the programs do not compute the same: {losses}")
     return max(differences)
 

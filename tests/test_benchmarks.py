@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import breakdown, checkpoint, common, local_tier, overhead, report, saving, step
-from benchmarks.peers import hpcmp_step
+from benchmarks import breakdown, checkpoint, common, devices, gpu_step, local_tier, overhead, report, saving, step
+from benchmarks.peers import hpcmp_gpu_step, hpcmp_step
 from hpcmp.comm.mesh import Mesh
 
 XS = common.SIZES["XS"]
 
 
 def test_parsers(capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (step.main, overhead.main, checkpoint.main):
+    for main in (step.main, gpu_step.main, overhead.main, checkpoint.main):
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         assert "--torch PYTHON" in " ".join(capsys.readouterr().out.split())
@@ -142,3 +146,96 @@ def test_an_interpreter_without_torch_is_refused() -> None:
     for python in ("/bin/false", "/no/such/python"):
         with pytest.raises(SystemExit, match=f"--torch {python}: "):
             step.find_torch(python)
+
+
+CUPTI = """
+typedef void (*callback)(void *, int, unsigned, const void *);
+static callback called;
+int cuptiSubscribe(void **handle, callback f, void *data) { called = f; *handle = &called; return 0; }
+int cuptiEnableDomain(unsigned on, void *handle, int domain) { return 0; }
+int cuptiUnsubscribe(void *handle) { called = 0; return 0; }
+static void at(int domain, int site, const char *name) {
+    struct { int site; const char *name; const void *rest; } data = {site, name, 0};
+    if (called) called(0, domain, 7, &data);
+}
+void by_runtime(void) { at(2, 0, "cudaLaunchKernel_v7000"); at(1, 0, "cuLaunchKernel"); at(1, 1, "cuLaunchKernel");
+                        at(2, 1, "cudaLaunchKernel_v7000"); }
+void by_driver(void) { at(1, 0, "cuLaunchKernelEx"); at(1, 1, "cuLaunchKernelEx"); }
+void graph(void) { at(2, 0, "cudaGraphLaunch_v10000"); at(2, 1, "cudaGraphLaunch_v10000"); }
+void others(void) { at(2, 0, "cudaLaunchHostFunc_v10000"); at(2, 1, "cudaLaunchHostFunc_v10000"); at(1, 0, "cuInit"); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_launches_are_counted_once_each(tmp_path: Path) -> None:
+    """On a stand-in for CUPTI. What the runtime launches, the driver does too."""
+    (tmp_path / "cupti.c").write_text(CUPTI)
+    command = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "cupti.so"), str(tmp_path / "cupti.c")]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(tmp_path / "cupti.so"))
+
+    def run() -> None:
+        for call in (library.by_runtime, library.by_driver, library.graph, library.others, library.by_runtime):
+            call()
+        thread = threading.Thread(target=library.by_driver)
+        thread.start()
+        thread.join()
+
+    assert devices.launches(run, library) == 5
+    run()
+    assert devices.launches(library.by_driver, library) == 1
+    library.cuptiSubscribe = lambda *args: 15  # refused
+    assert devices.launches(run, library) is None
+
+
+def test_peaks_are_of_the_very_device() -> None:
+    names = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB")
+    assert [devices.peak(name, "bfloat16") for name in names] == [756.5e12, 835.5e12, 989.4e12, 989.4e12, 312e12]
+    assert devices.peak("NVIDIA H100 PCIe", "float32") is None is devices.peak("cpu", "bfloat16")
+
+
+def test_gpu_step_on_the_cpu(tmp_path: Path) -> None:
+    small = ["--device", "cpu", "--models", "tiny", "--sequences", "16,32", "--tokens", "64", "--dtype", "float32"]
+    gpu_step.main([*small, "--variants", "", "--rounds", "2", "--steps", "1", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*-gpu-step.json")
+    result = json.loads(path.read_text())
+    assert [(cell["size"]["sequence"], cell["size"]["batch"]) for cell in result["cells"]] == [(16, 4), (32, 2)]
+    for cell in result["cells"]:
+        found, size = cell["programs"]["hpcmp"], common.Size(**cell["size"])
+        assert found["ratio"] == 1 and len(found["turns"]) == 2 and cell["loss_difference"] == 0
+        assert found["mfu"] == pytest.approx(size.flops / found["seconds"]["median"] / cell["peak"])
+        assert found["tokens_per_second"] == pytest.approx(64 / found["seconds"]["median"])
+    text = path.with_suffix(".txt").read_text()
+    assert text == gpu_step.text(result) and text.count("| hpcmp |") == 2 and "Model FLOPs of a step: 6 x" in text
+    with pytest.raises(SystemExit, match="--models huge: there are tiny, 125M"):
+        gpu_step.main(["--models", "huge"])
+
+
+def test_models_have_the_parameters_of_their_names() -> None:
+    for model, number in {"125M": 125e6, "1.3B": 1.3e9, "2.7B": 2.7e9}.items():
+        assert gpu_step.parameters(gpu_step.size_of(model, 1024, 8192)) == pytest.approx(number, rel=0.03)
+
+
+def test_a_program_that_fails_has_its_error_in_the_table_and_the_others_go_on() -> None:
+    orders = '{"usage": lambda: {}, "facts": lambda: {"device": "d"}, "peak": lambda: 1, "launches": lambda: None}'
+    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, float, 7, "
+    serving += f"{orders})"
+    commands = [
+        ("good", [sys.executable, "-c", serving]),
+        ("bad", [sys.executable, "-c", "raise SystemExit('out of memory')"]),
+    ]
+    found = gpu_step.sessions(commands, False, 3, 1)
+    assert found["bad"] == {"failed": "bad: it did not start: out of memory"}
+    assert len(found["good"]["turns"]) == 4 and found["good"]["losses"] == [0.0, 1.0, 2.0]  # there and back
+    cell = {"model": "m", "size": {"sequence": 8, "batch": 1}, "programs": found}
+    assert gpu_step.row(cell, "bad") == "| m | 8 | 1 | bad | bad: it did not start: out of memory | – | – | – | – | – |"
+
+
+def test_peer_on_a_device_has_the_same_loss() -> None:
+    pytest.importorskip("torch")
+    from benchmarks.peers import torch_gpu_step
+
+    steps = hpcmp_gpu_step.Steps(XS, "cpu", "float32")
+    peer = torch_gpu_step.Steps(XS, "cpu", "float32", steps.weights(), False)
+    mine, theirs = [[run(i) for i in range(3)] for run in (steps, peer)]
+    np.testing.assert_allclose(mine, theirs, rtol=gpu_step.TOLERANCE["float32"])

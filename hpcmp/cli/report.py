@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoint.text import page, plural, sizes, table
 from .common import add_command
+from .train import profile_lines
 
 ABOUT = """\
 Summarise the run in the directory RUN: first how it has ended, and why where its ranks left word; then configuration,
@@ -85,6 +86,8 @@ def show(result: dict[str, Any]) -> str:
     lines += [f"  {name:13}{text}" for name, text in rows]
     if result["phases"]:
         lines += ["", *_phases(result["phases"])]
+    if result["profile"]:
+        lines += ["", *profile_lines(result["profile"])]
     return page(lines)
 
 

@@ -35,6 +35,12 @@ class Waited:
     seconds = 0.0
 
 
+class Timed:
+    """``kept``: while there is a profile on a GPU, the operations that it runs, each with its record."""
+
+    kept: list[tuple[Record, Any]] | None = None
+
+
 #: Of communications that were given up while they ran (an exception between start and wait): MPI reads and writes their
 #: buffers when the other ranks come to it, so that no other array may ever get that memory.
 ABANDONED: list[tuple[Any, ...]] = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import module_for
+from ..batch import launcher
 from ..errors import InputError
 
 log = logging.getLogger("hpcmp")
@@ -18,7 +19,8 @@ log = logging.getLogger("hpcmp")
 
 @dataclass(frozen=True)
 class Device:
-    """A rank's GPU: ``index`` as CUDA numbers those that it sees. shared: whether any ranks of the job share a GPU."""
+    """A rank's GPU: ``index`` as CUDA numbers those that it sees. shared: whether any ranks of the job share a GPU, or
+    have slices of one (MIG)."""
 
     index: int
     name: str
@@ -33,60 +35,105 @@ class Device:
 def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     """Make a GPU of its own current on each rank; ``gather`` is ``Mesh.gather_objects``. Collective.
 
-    Ranks choose in order, each the first of the GPUs that it sees which the fewest ranks have chosen before: by local
-    rank where all of a host's ranks see all of its GPUs, and as the launcher binds them where it does.
+    Ranks choose in the order of their numbers on their hosts, as the launcher says them, see ``assign``: the GPU of the
+    local rank where all of a host's ranks see all of its GPUs, and one of those that the launcher binds them to where
+    it does.
 
     Raises InputError, the same on every rank, if CuPy or a GPU is missing anywhere, or if ranks would share a GPU and
     no rank has HPCMP_SHARE_GPU=1 in its environment.
     """
-    host, seen, name, problem = socket.gethostname(), [""], "", ""
+    host, started, seen, name, problem = socket.gethostname(), launcher(), [""], "", ""
+    local = started.local_rank if started else None
     try:
         seen = visible(host)
     except InputError as error:
         problem = str(error)
-    ranks = gather((host, seen, problem, os.environ.get("HPCMP_SHARE_GPU") == "1"))
-    for other, (where, _, why, _) in enumerate(ranks):
+    ranks = gather((host, seen, problem, os.environ.get("HPCMP_SHARE_GPU") == "1", local))
+    for other, (where, _, why, *_) in enumerate(ranks):
         if why:
             raise InputError(f"{why} (rank {other} on host {where})")
-    chosen = assign([gpus for _, gpus, _, _ in ranks])
-    holders = Counter(gpus[i] for (_, gpus, _, _), i in zip(ranks, chosen, strict=True))
-    shared = max(holders.values()) > 1
-    if shared and not any(share for *_, share in ranks):
-        raise InputError(_crowded(ranks, chosen, holders))
+    order = sorted(range(len(ranks)), key=lambda r: (r if ranks[r][4] is None else ranks[r][4], r))
+    chosen = dict(zip(order, assign([ranks[r][1] for r in order]), strict=True))
+    taken = [ranks[r][1][chosen[r]] for r in range(len(ranks))]
+    holders = Counter(taken)
+    cards = Counter(_card(each[0], gpu) for each, gpu in zip(ranks, taken, strict=True))
+    crowded = max(holders.values()) > 1
+    if crowded and not any(share for *_, share, _ in ranks):
+        raise InputError(_crowded(ranks, taken, holders))
     index = chosen[rank]
     cuda = module_for("cuda").cuda
     cuda.Device(index).use()
     name = cuda.runtime.getDeviceProperties(index)["name"].decode()
-    log.info("rank %d: GPU %d of the %d that it sees on %s, %s", rank, index, len(seen), host, name)
-    if shared and rank == 0:
+    place = "" if started is None or local is None else f" (local rank {local} of {started.name})"
+    log.info("rank %d%s: GPU %d of the %d that it sees on %s, %s", rank, place, index, len(seen), host, name)
+    if crowded and rank == 0:
         log.warning("%d ranks share %d GPUs (HPCMP_SHARE_GPU=1)", len(ranks), len(holders))
-    return Device(index, name, shared)
+    return Device(index, name, max(cards.values()) > 1)
 
 
 def assign(visible: Sequence[Sequence[str]]) -> list[int]:
-    """For each rank the index, among the GPUs that it sees, of the first which the fewest ranks before it have."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for gpus in visible:
-        index = min(range(len(gpus)), key=lambda i: taken[gpus[i]])
-        taken[gpus[index]] += 1
-        chosen.append(index)
-    return chosen
+    """For each rank the index, among the GPUs that it sees, of its own.
+
+    As many ranks as can have one to themselves: the first that is free, and if none is, one whose holder can take
+    another instead. What is left over shares evenly.
+    """
+    chosen: dict[int, int] = {}
+    holder: dict[str, int] = {}
+
+    def take(rank: int, refused: set[str]) -> bool:
+        free = [i for i, gpu in enumerate(visible[rank]) if gpu not in holder]
+        for i in [*free, *range(len(visible[rank]))]:
+            gpu = visible[rank][i]
+            if gpu in refused:
+                continue
+            refused.add(gpu)
+            if gpu not in holder or take(holder[gpu], refused):
+                chosen[rank], holder[gpu] = i, rank
+                return True
+        return False
+
+    left = [rank for rank in range(len(visible)) if not take(rank, set())]
+    taken = Counter(visible[rank][i] for rank, i in chosen.items())
+    for rank in left:
+        gpus = visible[rank]
+        chosen[rank] = min(range(len(gpus)), key=lambda i: taken[gpus[i]])
+        taken[gpus[chosen[rank]]] += 1
+    return [chosen[rank] for rank in range(len(visible))]
 
 
 def visible(host: str) -> list[str]:
-    """A name for each GPU that this process sees, the same in every process of the host that sees it."""
+    """A name for each GPU, or slice of one (MIG), that this process sees, the same in every process that sees it.
+
+    It is of the bus id, which slices of a GPU have in common, and the uuid, by which GPUs differ everywhere: two
+    containers of one node may have two host names. ``host`` tells apart those that have no uuid, as some virtual ones.
+    """
     runtime = module_for("cuda").cuda.runtime
-    indices = range(runtime.getDeviceCount())
-    # Slices of one GPU (MIG) have its bus id in common.
-    return [f"{host} {runtime.deviceGetPCIBusId(i)} {runtime.getDeviceProperties(i)['uuid']!r}" for i in indices]
+    slices = _slices()
+    names = []
+    for i in range(runtime.getDeviceCount()):
+        uuid = bytes(runtime.getDeviceProperties(i)["uuid"])
+        facts = runtime.deviceGetPCIBusId(i), uuid.hex() if any(uuid) else host, *slices[i : i + 1]
+        names.append(" ".join(filter(None, facts)))
+    return names
 
 
-def _crowded(ranks: list[Any], chosen: list[int], holders: Counter[str]) -> str:
+def _slices() -> list[str]:
+    """The uuids of the slices that this process was given, by index, and "" for whole GPUs. Of one that is not named by
+    its uuid CUDA tells the GPU's alone."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("NVIDIA_VISIBLE_DEVICES") or ""
+    return [each.strip() if each.strip().startswith("MIG-") else "" for each in shown.split(",")]
+
+
+def _card(host: str, gpu: str) -> str:
+    """A name that slices of one GPU have in common."""
+    return f"{host} {gpu.split()[0]}" if "MIG-" in gpu else gpu
+
+
+def _crowded(ranks: list[Any], taken: list[str], holders: Counter[str]) -> str:
     """What is wrong on the first host where ranks would share a GPU."""
-    host = next(r[0] for r, i in zip(ranks, chosen, strict=True) if holders[r[1][i]] > 1)
-    here = [(gpus, i) for (where, gpus, _, _), i in zip(ranks, chosen, strict=True) if where == host]
-    gpus = len({gpus[i] for gpus, i in here})
+    host = next(rank[0] for rank, gpu in zip(ranks, taken, strict=True) if holders[gpu] > 1)
+    here = [gpu for rank, gpu in zip(ranks, taken, strict=True) if rank[0] == host]
+    gpus = len(set(here))
     return (
         f"{len(here)} ranks on host {host} have {gpus} GPU{'s' * (gpus > 1)}: start at most one rank a GPU, "
         "or set HPCMP_SHARE_GPU=1 to let them share"

@@ -7,16 +7,15 @@ that CuPy's pool, which hands freed memory out again in the order of one stream,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..arrays import Array, array_module
-from ..errors import HpcmpError, InputError
-from .base import Op, Pending
+from .base import Op, Pending, Timed
+from .lanes import Call, Done, Lane, Library
 from .layouts import Layouts
 from .mpi import MpiCommunicator
 
@@ -24,91 +23,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 LaneName = tuple[str, int]
-Call = tuple[int, Callable[[int], None]]  # how many elements it moves, and the call itself, given the stream's pointer
 
 _COLLECTIVES: LaneName = ("collectives", 0)
-
-
-class Library:
-    """What of CuPy is used: NCCL's calls, streams and events. Tests put a model of it in its place."""
-
-    def __init__(self) -> None:
-        import cupy
-        from cupy.cuda import nccl
-
-        if not nccl.available:
-            raise InputError('communication.backend: CuPy finds no NCCL (see docs/gpu.md); "mpi" needs none')
-        self.cuda, self.nccl = cupy.cuda, nccl
-
-    def on_device(self, x: Array) -> bool:
-        """Whether ``x`` is NCCL's to move."""
-        return array_module(x) is not np
-
-    def pointer(self, x: Array) -> int:
-        """The address of the first element of a contiguous array."""
-        return int(x.data.ptr)
-
-    def stream(self) -> Any:
-        """A new stream, which no other stream waits for unless it is told to."""
-        return self.cuda.Stream(non_blocking=True)
-
-    def current(self) -> Any:
-        """The stream on which the caller computes."""
-        return self.cuda.get_current_stream()
-
-    def event(self) -> Any:
-        """A new event."""
-        return self.cuda.Event(disable_timing=True)
-
-
-class Done:
-    """The end of an operation, as ``Pending`` asks for it; its names are those of an MPI request."""
-
-    def __init__(self, library: Library, event: Any) -> None:
-        self.library, self.event = library, event
-
-    def Wait(self) -> None:
-        """What is queued from now on runs after it."""
-        self.library.current().wait_event(self.event)
-
-    def Test(self) -> bool:
-        """Whether it is over."""
-        return bool(self.event.done)
-
-
-class Lane:
-    """An NCCL communicator with a stream of its own: its operations run in the order in which they are started.
-
-    Making one is collective over ``control``, which carries NCCL's unique id.
-    """
-
-    def __init__(self, library: Library, control: MpiCommunicator) -> None:
-        comm = control.comm
-        unique_id = comm.bcast(library.nccl.get_unique_id() if comm.rank == 0 else None)
-        try:
-            self.nccl = library.nccl.NcclCommunicator(comm.size, unique_id, comm.rank)
-        except RuntimeError as error:
-            advice = 'NCCL_DEBUG=WARN in the environment says more, communication.backend = "mpi" does without'
-            raise HpcmpError(f"NCCL does not connect {comm.size} ranks ({error}): {advice}") from error
-        self.library, self.stream = library, library.stream()
-
-    def start(self, calls: list[Call], result: Array, *keep: Any) -> Pending:
-        """Queue NCCL calls as one operation; those that move nothing are left out, on every rank alike."""
-        ready, done = self.library.event(), self.library.event()
-        ready.record(self.library.current())
-        self.stream.wait_event(ready)
-        self.library.nccl.groupStart()
-        for count, call in calls:
-            if count:
-                call(self.stream.ptr)
-        self.library.nccl.groupEnd()
-        done.record(self.stream)
-        return Pending(result, [Done(self.library, done)], None, *keep)
-
-    def close(self) -> None:
-        """Finish what runs, and free the communicator."""
-        self.stream.synchronize()
-        self.nccl.destroy()
 
 
 class NcclCommunicator(Layouts):
@@ -228,9 +144,26 @@ class NcclCommunicator(Layouts):
 
     def _lane(self, name: LaneName) -> Lane:
         if name not in self._lanes:
-            for made in [name] if name == _COLLECTIVES else message_lanes(self.size):
-                self._lanes[made] = Lane(self.library, self.control)
+            with self._blocked():
+                for made in [name] if name == _COLLECTIVES else message_lanes(self.size):
+                    self._lanes[made] = Lane(self.library, self.control, f"{self._axes()}, {made[0]}")
         return self._lanes[name]
+
+    @contextmanager
+    def _blocked(self) -> Iterator[None]:
+        """The process waits for the other ranks in the operation at hand: the watchdog is to know."""
+        record = self.flight.last if self.flight else None
+        if record is None:
+            yield
+            return
+        record.block()
+        try:
+            yield
+        finally:
+            record.unblock()
+
+    def _axes(self) -> str:
+        return (self.flight.axes if self.flight else "") or "a group"
 
     def _at(self, x: Array, element: int = 0) -> int:
         return self.library.pointer(x) + element * int(x.dtype.itemsize)
@@ -265,7 +198,9 @@ def shards(counts: list[int]) -> list[tuple[int, int, int]]:
 def _watched(pending: Pending) -> Pending:
     """``pending``, whose record goes by its event: ``wait`` returns before it is there."""
     if pending.record is not None and pending.requests and isinstance(pending.requests[0], Done):
-        pending.record.event = pending.requests[0]
+        pending.record.event = done = pending.requests[0]
+        if Timed.kept is not None and done.began is not None:
+            Timed.kept.append((pending.record, done))
     return pending
 
 

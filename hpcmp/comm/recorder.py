@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ class Record:
             self.failed = True
         RECORDER.blocked.remove(self)
 
+    def unblock(self) -> None:
+        """The process goes on, and the operation does too."""
+        RECORDER.blocked.remove(self)
+        self.waits = None
+
     def finish(self) -> None:
         """It is over, unless it runs on a GPU: that is asked later."""
         if self.event is None:
@@ -96,6 +102,7 @@ class Flight:
     def __init__(self, axes: str, ranks: Sequence[int], begun: int = 0) -> None:
         self.axes, self.ranks = axes, tuple(ranks)
         self.begun = begun
+        self.last: Record | None = None
         key = self.axes, self.ranks
         self.number = RECORDER.made[key] = RECORDER.made.get(key, 0) + 1
         RECORDER.flights.append(self)
@@ -108,7 +115,10 @@ class Flight:
         peer: int | None = None,
         tag: int | None = None,
     ) -> Record:
-        """A record of an operation that starts now; with a ``tag`` it is a message."""
+        """A record of an operation that starts now; with a ``tag`` it is a message. After ``RECORDER.halt`` none does,
+        and this does not return."""
+        if RECORDER.halted:
+            threading.Event().wait()
         record = Record()
         record.flight, record.operation, record.dtype = self, operation, dtype
         record.count, record.peer, record.tag = count, peer, tag
@@ -124,6 +134,7 @@ class Flight:
         record.failed = False
         record.start = time.monotonic()
         RECORDER.records.append(record)
+        self.last = record
         return record
 
     def blocking(self, operation: str, peer: int | None = None) -> _Blocking:
@@ -157,6 +168,16 @@ class Recorder:
         self.blocked: list[Record] = []
         self.flights: list[Flight] = []
         self.made: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.halted = False
+
+    def halt(self) -> None:
+        """The process is about to end, and what its operations have yielded may mean nothing: no other begins, so that
+        nothing is made of it, no checkpoint for one."""
+        self.halted = True
+
+    def keep(self, length: int | None = LENGTH) -> None:
+        """Keep the last ``length`` records from now on; None: all of them."""
+        self.records = deque(self._all(), maxlen=length)
 
     def forget(self) -> None:
         """All communicators are given up."""

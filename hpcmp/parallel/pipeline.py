@@ -38,12 +38,17 @@ class Executed(NamedTuple):
     end: float
 
 
+#: Executes an action on what comes in; returns what goes out.
+Run = Callable[[Action, Array | None, WGrad], Array | None]
+
+
 class Pipeline:
     """Runs the virtual stages of a rank over microbatches, in the order of a schedule, over the group ``pp``.
 
     ``stages[c]`` is chunk c. ``loss`` maps (output, targets) to a sum over positions. ``shape`` gives the shape of an
     activation between stages for a place, to which the cursor has been moved; ``like`` is an array of its kind and
     dtype. The cursor is moved before each action. ``trace``, if it is a list, is appended to: what ran, and when.
+    ``around``, if it is there, makes of the function that executes an action the one that is called in its place.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Pipeline:
         held = [schedule.stage(pp.rank, pp.size, chunk) for chunk in range(schedule.chunks)]
         self.first, self.last = 0 in held, schedule.stages(pp.size) - 1 in held
         self.trace: list[Executed] | None = None
+        self.around: Callable[[Run], Run] | None = None
 
     def step(self, microbatches: Sequence[Microbatch], scale: float, sink: Sink | None = None) -> Array:
         """Add the gradient of ``scale`` times the summed loss over all microbatches; return the sum of the losses.
@@ -73,6 +79,7 @@ class Pipeline:
         step = _Step(self, microbatches, scale, {action.kind for action in actions})
         final = {action.chunk: action for action in actions if action.kind == ("W" if step.split else "B")}
         messages = Messages(self.pp, self.schedule, self.like)
+        run = step.run if self.around is None else self.around(step.run)
         for at, action in enumerate(actions):
             for coming in actions[at : at + 2]:  # a message for the next action arrives under this one
                 self.cursor.place = place = microbatches[coming.microbatch].place
@@ -81,7 +88,7 @@ class Pipeline:
             entering = messages.take(action)
             start = perf_counter()
             wgrad = now if sink is None else Now(sink, action == final.get(action.chunk))
-            leaving = step.run(action, entering, wgrad)
+            leaving = run(action, entering, wgrad)
             if self.trace is not None:
                 self.trace.append(Executed(action, start, perf_counter()))
             messages.give(action, leaving)

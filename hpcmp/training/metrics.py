@@ -103,7 +103,7 @@ def peak_flops(xp: ModuleType, dtype: DTypeLike) -> float:
     best = 0.0
     for _ in range(5):
         start = time.perf_counter()
-        (xp.matmul if xp is not np else gemm)(a, a, out)
+        (xp.matmul if xp is not np else gemm)(a, a, out=out)
         to_host(out[0, :1])  # waits for the device
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best

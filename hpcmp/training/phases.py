@@ -6,8 +6,8 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Phases:
     """
 
     def __init__(self) -> None:
+        #: What makes a range of (kind, name) around a phase, while there is a profile.
+        self.ranges: Callable[[Any, str], AbstractContextManager[Any]] | None = None
         self._forget()
 
     @contextmanager
@@ -40,7 +42,8 @@ class Phases:
         """The time of the body is of the phase ``name``, but for the waits in it."""
         start, waited = time.perf_counter(), Waited.seconds
         try:
-            yield
+            with self.ranges("phase", name) if self.ranges else nullcontext():
+                yield
         finally:
             waited = Waited.seconds - waited
             self.seconds[name] += time.perf_counter() - start - waited

@@ -17,6 +17,7 @@ from .ending import ending
 from .layout import short
 from .manifest import NAME
 from .phases import PHASES
+from .profile_summary import read_summary
 from .records import read_records
 from .toml import read_toml
 
@@ -108,6 +109,7 @@ def report(run: Run) -> dict[str, Any]:
         "seconds": sum(run.series("seconds")[1]),
         "phases": _phases(run),
         "slow": _slow(run.metrics),
+        "profile": read_summary(run.directory),
         "starts": [_start(record) for record in run.starts],
         "recoveries": [_recovery(record) for record in run.recoveries],
         "checkpoints": _checkpoints(run),

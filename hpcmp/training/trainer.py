@@ -30,6 +30,7 @@ from .measure import measured_before
 from .metrics import Metrics, greet
 from .nonfinite import Patience
 from .plots import plotted
+from .profile import Profile
 from .ranklogs import RankLog
 from .replicas import ReplicaError, check_replicas
 from .saving import Saving
@@ -200,12 +201,13 @@ class Trainer:
         self.reason = next((reason for reason, _ in reasons if reason), "asked to stop")
         self._final = any(final for _, final in reasons)
 
-    def train(self) -> dict[str, Any]:
-        """Run to the end, save, evaluate, and return the summary."""
+    def train(self, profile: int = 0) -> dict[str, Any]:
+        """Run to the end, save, evaluate, and return the summary; take a profile of ``profile`` steps."""
         if self.logs:
             greet(self.engine)
         loss, first = math.nan, self.step
-        for result in self:
+        profiled = Profile(self.engine, self.directory, profile, self.step, self.config.train.steps)
+        for result in profiled.over(self):
             loss = result.loss
         finished = self.step >= self.config.train.steps
         held_out = self.evaluate() if finished else None  # one that has to end has no time for it
@@ -231,6 +233,7 @@ class Trainer:
             "layout": dataclasses.asdict(self.config.layout),
             "checkpoint": str(self.saving.last[1]) if self.saving.last else None,
             "metrics": str(self.metrics.path),
+            "profile": profiled.summary,
         }
         end(summary, self.mesh, self.directory)
         if self.config.run.plot and self.logs:

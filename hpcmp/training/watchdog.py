@@ -5,8 +5,9 @@ was last seen alive; a crash adds its Python stack, as does a C library that kee
 waits in one collective for too long, or whose neighbour on the node has died, writes ``rank_00003.json``, with its last
 operations and where its threads are, and the file ``hang``, which makes all others do the same: files, since MPI may
 hang itself. When all dumps that can come are there, the lowest rank says what they tell (``diagnosis.py``) and ends the
-job with exit code 69. So does a rank to which MPI has raised an error: others may have called another collective. Of
-any other error nobody waits for anything (``failed``).
+job with exit code 69; what waits for NCCL is given up first. So does a rank to which MPI has raised an error, since
+others may have called another collective, and one to which NCCL tells of one. Of any other error nobody waits for
+anything (``failed``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from pathlib import Path
 from types import TracebackType
 
 from ..checkpoint.owner import Owner, this_process
+from ..comm import lanes
 from ..comm.detect import alone
 from ..comm.mesh import Mesh
 from ..comm.recorder import RECORDER
-from ..errors import MismatchError
+from ..errors import HpcmpError, MismatchError
 from .diagnosis import diagnose
 from .dumps import FOLDER, HANG, VERDICT, alive_name, dump, dump_name
 from .failures import is_mpi_error, leave_error
@@ -70,6 +72,8 @@ def failed(error: object, directory: Path, mesh: Mesh, watchdog: Watchdog | None
         leave_error(directory / FOLDER, mesh.launched[mesh.rank], mesh.size, error)
         if watchdog is not None and is_mpi_error(error):
             watchdog.explain(error)
+    if error is not None:
+        lanes.abort()  # nobody is to wait for what other ranks no longer join
 
 
 class Watchdog:
@@ -139,7 +143,8 @@ class Watchdog:
             now = time.monotonic()
             awake = now if now - looked > PAUSE else awake  # nobody has waited while all were suspended
             looked = now
-            found = self._error or (self._overdue() if now - awake > self.seconds else "") or self._gone()
+            overdue = self._overdue() if now - awake > self.seconds else ""
+            found = self._error or overdue or self._gone() or self._broken()
             if not found and now - polled >= self.poll:
                 polled = now
                 found = "another rank has asked for it" if _there(self.folder / HANG) else ""
@@ -159,6 +164,13 @@ class Watchdog:
             return ""
         after = self.here[(self.here.index(self.rank) + 1) % len(self.here)]
         return f"rank {after} is gone" if after != self.rank and self._is_gone(after) else ""
+
+    def _broken(self) -> str:
+        """What NCCL has found in the background, such as a lost connection: nobody gets it as an error."""
+        if error := lanes.failure():
+            leave_error(self.folder, self.rank, self.size, HpcmpError(error))
+            return f"is told by {error}"
+        return ""
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a rank of this node has died without ``stop``."""
@@ -200,6 +212,8 @@ class Watchdog:
                 time.sleep(3)  # the first of them ends the job
         except OSError as error:
             _say(f"{said} ({error})")
+        RECORDER.halt()  # before those that wait for a GPU go on
+        lanes.abort()
         _abort(MismatchError.exit_code)
 
     def _gathered(self, gone: set[int]) -> int:

@@ -1,154 +1,30 @@
-"""NcclCommunicator without a GPU: NumPy arrays in place of CuPy's, and a model of NCCL's calls over MPI.
-
-What the model cannot show is left to tests/gpu: that streams and events order anything.
-"""
+"""NcclCommunicator without a GPU, over the model of NCCL: what it computes, the order of its calls, and how it ends."""
 
 from __future__ import annotations
 
-import ctypes
+import json
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from hpcmp.comm import lanes
+from hpcmp.comm.recorder import RECORDER
 from hpcmp.parallel.schedules import SCHEDULES, Schedule, make_schedule
+from hpcmp.training.diagnosis import diagnose
 from tests.comm.cases import differences
+from tests.comm.nccl_model import NcclError, model
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
     from hpcmp.comm.nccl import NcclCommunicator
-
-TYPES = ("INT8", "UINT8", "INT32", "UINT32", "INT64", "UINT64", "FLOAT16", "FLOAT32", "FLOAT64")
-
-
-def model(world: Intracomm) -> Any:
-    """A Library over ``world`` whose log tells what was called. Calls take addresses, counts and types as NCCL's do."""
-    from mpi4py import MPI
-
-    from hpcmp.comm.nccl import Library
-
-    ops = {0: MPI.SUM, 2: MPI.MAX}
-
-    class Event:
-        def record(self, stream: Any) -> None:
-            library.log.append(f"{stream.name} records")
-            self.requests = list(stream.requests)
-
-        @property
-        def done(self) -> bool:
-            return MPI.Request.Testall(self.requests)
-
-    class Stream:
-        def __init__(self, name: str) -> None:
-            self.name, self.ptr = name, len(library.streams)
-            self.requests: list[Any] = []
-            library.streams.append(self)
-
-        def wait_event(self, event: Event) -> None:
-            library.log.append(f"{self.name} waits")
-            MPI.Request.Waitall(event.requests)
-
-        def synchronize(self) -> None:
-            MPI.Request.Waitall(self.requests)
-
-    class Nccl:
-        """NCCL's communicator: a call is queued, and its MPI call made when its group ends."""
-
-        def __init__(self, size: int, unique_id: bytes, rank: int) -> None:
-            assert (size, rank) == (world.size, world.rank)
-            assert len(set(world.allgather(unique_id))) == 1, "ranks have different ids"
-            self.comm = world.Dup()
-
-        def queue(self, name: str, stream: int, call: Callable[[], Any]) -> None:
-            assert library.depth == 1, "a call outside a group"
-            library.log.append(name)
-            library.queued.append((stream, call))
-
-        def allReduce(self, send: int, recv: int, count: int, kind: int, op: int, stream: int) -> None:
-            x = MPI.IN_PLACE if send == recv else at(send, count, kind)
-            self.queue("allReduce", stream, lambda: self.comm.Iallreduce(x, at(recv, count, kind), ops[op]))
-
-        def broadcast(self, send: int, recv: int, count: int, kind: int, root: int, stream: int) -> None:
-            if world.rank == root and send != recv:
-                at(recv, count, kind)[...] = at(send, count, kind)
-            self.queue("broadcast", stream, lambda: self.comm.Ibcast(at(recv, count, kind), root))
-
-        def reduce(self, send: int, recv: int, count: int, kind: int, op: int, root: int, stream: int) -> None:
-            y = at(recv, count, kind) if world.rank == root else None
-            self.queue("reduce", stream, lambda: self.comm.Ireduce(at(send, count, kind), y, ops[op], root))
-
-        def allGather(self, send: int, recv: int, count: int, kind: int, stream: int) -> None:
-            x, y = at(send, count, kind), at(recv, count * world.size, kind)
-            self.queue("allGather", stream, lambda: self.comm.Iallgather(x, y))
-
-        def reduceScatter(self, send: int, recv: int, count: int, kind: int, op: int, stream: int) -> None:
-            x, y = at(send, count * world.size, kind), at(recv, count, kind)
-            self.queue("reduceScatter", stream, lambda: self.comm.Ireduce_scatter_block(x, y, ops[op]))
-
-        def send(self, send: int, count: int, kind: int, peer: int, stream: int) -> None:
-            self.queue("send", stream, lambda: self.comm.Issend(at(send, count, kind), peer))
-
-        def recv(self, recv: int, count: int, kind: int, peer: int, stream: int) -> None:
-            self.queue("recv", stream, lambda: self.comm.Irecv(at(recv, count, kind), peer))
-
-        def destroy(self) -> None:
-            self.comm.Free()
-
-    def group_start() -> None:
-        library.depth += 1
-
-    def group_end() -> None:
-        library.depth -= 1
-        for stream, call in library.queued:
-            library.streams[stream].requests.append(call())
-        library.queued.clear()
-
-    class Model(Library):
-        def __init__(self) -> None:
-            self.log: list[str] = []
-            self.streams: list[Any] = []
-            self.queued: list[tuple[int, Callable[[], Any]]] = []
-            self.depth, self.device = 0, True
-            constants = {f"NCCL_{name}": i for i, name in enumerate(TYPES)} | {"NCCL_SUM": 0, "NCCL_MAX": 2}
-            self.nccl = SimpleNamespace(
-                NcclCommunicator=Nccl,
-                get_unique_id=lambda: bytes([world.rank]) * 128,
-                groupStart=group_start,
-                groupEnd=group_end,
-                **constants,
-            )
-
-        def on_device(self, x: Any) -> bool:
-            return self.device
-
-        def pointer(self, x: Any) -> int:
-            assert x.flags.c_contiguous, "NCCL was given an array that is not contiguous"
-            return int(x.ctypes.data)
-
-        def stream(self) -> Any:
-            return Stream(f"lane {len(self.streams) - 1}")
-
-        def current(self) -> Any:
-            return self.streams[0]
-
-        def event(self) -> Any:
-            return Event()
-
-    library = Model()
-    Stream("current")
-    return library
-
-
-def at(address: int, count: int, kind: int) -> np.ndarray:
-    """The array at an address, of a type by its number."""
-    assert count > 0, "NCCL was asked to move nothing"
-    dtype = np.dtype(TYPES[kind].lower())
-    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    found: np.ndarray = np.frombuffer(memory, dtype)
-    return found
 
 
 @pytest.fixture
@@ -207,6 +83,121 @@ def test_test_becomes_true(comm: NcclCommunicator) -> None:
     while not pending.test():
         pass
     np.testing.assert_array_equal(pending.wait(), sum(range(comm.size)))
+
+
+@pytest.mark.mpi
+def test_making_a_lane_blocks_in_the_operation_at_hand(comm: NcclCommunicator) -> None:
+    """So that the watchdog sees a rank that does not come to it."""
+    library, seen = comm.library, []
+    make = library.nccl.NcclCommunicator
+
+    def making(*args: Any) -> Any:
+        seen.append([record.operation for record in RECORDER.blocked if record.flight is comm.flight])
+        return make(*args)
+
+    library.nccl.NcclCommunicator = making
+    record = comm.all_reduce(np.ones(3)).record
+    assert seen == [["all_reduce"]] and record is not None
+    assert record not in RECORDER.blocked and record.waits is None and record.end is None
+
+
+@pytest.mark.mpi
+def test_errors_in_the_background_are_found(comm: NcclCommunicator) -> None:
+    library: Any = comm.library
+    assert lanes.failure() == ""
+    comm.all_reduce(np.ones(3)).wait()
+    assert lanes.failure() == ""
+    library.found[0] = NcclError(7, "NCCL_ERROR_IN_PROGRESS")
+    assert lanes.failure() == ""
+    library.found[0] = NcclError(6, "NCCL_ERROR_REMOTE_ERROR")
+    assert lanes.failure() == "NCCL of a group, collectives: NCCL_ERROR_REMOTE_ERROR"
+
+
+@pytest.mark.mpi
+def test_abort_gives_up_all_lanes_at_once_and_none_is_destroyed_then(comm: NcclCommunicator) -> None:
+    from mpi4py import MPI
+
+    library: Any = comm.library
+    assert lanes.abort() and not library.aborted
+    comm.all_reduce(np.ones(3)).wait()
+    if comm.size > 1:
+        receive_and_send(comm)
+    library.streams[1].requests.append(never := MPI.COMM_SELF.Irecv(bytearray(1)))
+    library.found[0] = NcclError(6, "NCCL_ERROR_REMOTE_ERROR")
+    del library.log[:]
+    assert lanes.abort() and library.aborted
+    assert library.log == [f"abort {number}" for number in range(len(comm._lanes))]
+    assert lanes.failure() == "" and lanes.abort()
+    for lane in comm._lanes.values():
+        lane.close()  # it does not wait for what never comes
+    assert library.log == [f"abort {number}" for number in range(len(comm._lanes))]
+    never.Cancel()
+    never.Wait()
+
+
+@pytest.mark.mpi
+def test_an_abort_that_hangs_is_not_waited_for(comm: NcclCommunicator) -> None:
+    library: Any = comm.library
+    comm.all_reduce(np.ones(3)).wait()
+    held = threading.Event()
+    library.nccl.groupEnd = held.wait
+    assert not lanes.abort(0.05)
+    held.set()
+
+
+def receive_and_send(comm: NcclCommunicator) -> None:
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    sent = comm.send(np.ones(2), right)
+    comm.recv((2,), np.float64, left, like=np.empty(0)).wait()
+    sent.wait()
+
+
+def test_streams_of_lanes_go_first() -> None:
+    library = lanes.Library.__new__(lanes.Library)
+    library.cuda = SimpleNamespace(Stream=lambda **options: options)
+    assert library.stream() == {"non_blocking": True, "priority": -5}
+
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+def lost(run_mpi: Run, folder: Path, seconds: float, how: str) -> CompletedProcess[str]:
+    """The job of ``lost_peer.py`` on two ranks."""
+    argv = [sys.executable, "-m", "tests.comm.lost_peer", str(folder), str(seconds), how]
+    return run_mpi(2, argv, env={"PYTHONPATH": str(Path(__file__).parents[2])})
+
+
+def test_a_gpu_that_waits_for_a_lost_peer_ends_the_job(run_mpi: Run, tmp_path: Path) -> None:
+    """The host waits for the stream, in no call of MPI: it goes on once all is aborted, and nothing comes of that."""
+    done = lost(run_mpi, tmp_path, 2, "absent")
+    assert done.returncode == 69, done.stderr
+    said = diagnose(tmp_path)[0]
+    assert said.startswith("rank 1 has not joined all_reduce 2 of dp (float32, 16) at "), said
+    assert "lost_peer.py" in said and ", in which rank 0 waits since " in said and said in done.stderr
+    log = json.loads((tmp_path / "woken_0").read_text())
+    assert log[-1] == "abort 0"
+    assert not list(tmp_path.glob("saved_*"))
+
+
+def test_a_peer_that_never_connects_ends_the_job(run_mpi: Run, tmp_path: Path) -> None:
+    done = lost(run_mpi, tmp_path, 2, "unconnected")
+    assert done.returncode == 69, done.stderr
+    assert diagnose(tmp_path)[0].startswith("rank 1 has not joined all_reduce 1 of dp (float64, 16) at ")
+
+
+def test_an_error_in_the_background_ends_the_job_and_is_named(run_mpi: Run, tmp_path: Path) -> None:
+    """Long before the time-out."""
+    done = lost(run_mpi, tmp_path, 50, "broken")
+    assert done.returncode == 69, done.stderr
+    said = diagnose(tmp_path)
+    assert said[0] == "rank 0: NCCL of dp, collectives: NCCL_ERROR_REMOTE_ERROR: remote process exited"
+    assert said[0] in done.stderr and not list(tmp_path.glob("saved_*"))
+
+
+def test_a_process_that_ends_by_an_exception_waits_for_nobody(run_mpi: Run, tmp_path: Path) -> None:
+    done = lost(run_mpi, tmp_path, 50, "raised")
+    assert done.returncode == 70 and "ValueError: planted" in done.stderr, done.stderr
+    assert json.loads((tmp_path / "failed_1").read_text())[-1] == "abort 0"
 
 
 def test_lanes() -> None:

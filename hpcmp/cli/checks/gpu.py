@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.device import assign, visible
+from ...process import cores
 from ...training.versions import ask, load
 from .base import Check, Ranks, Subject, by_host, some
 
+PCI = Path("/sys/bus/pci/devices")
 NVIDIA = "0x10de"  # the maker's number on the PCI bus
 NCCL = 21003  # 2.10.3, the first that sums bfloat16
 
@@ -21,7 +23,8 @@ NCCL = 21003  # 2.10.3, the first that sums bfloat16
 class Gpus:
     """What a rank sees of GPUs. seen: a name for each, the same in every process of the host; free: the share of the
     memory of the fullest that nobody has; why: what CuPy fails with; cards, driver, nodes: whether there are cards,
-    their driver, and its files in /dev; shown: CUDA_VISIBLE_DEVICES; wheels: packages of CuPy."""
+    their driver, and its files in /dev; shown: CUDA_VISIBLE_DEVICES; wheels: packages of CuPy; cores: of this rank;
+    near: those next to each GPU."""
 
     host: str
     seen: tuple[str, ...] = ()
@@ -36,6 +39,8 @@ class Gpus:
     runs: tuple[int, int] = (0, 0)
     nccl: int = 0
     shares: bool = False
+    cores: frozenset[int] = frozenset()
+    near: tuple[frozenset[int], ...] = ()
 
 
 def count() -> int:
@@ -49,13 +54,14 @@ def look(ranks: Ranks) -> Gpus:
     cupy, why = load("cupy")
     found = count()
     runtime: Any = cupy.cuda.runtime if cupy else None
+    seen = tuple(visible(ranks.host)) if found else ()
     return Gpus(
         ranks.host,
-        tuple(visible(ranks.host)) if found else (),
+        seen,
         ask(lambda: runtime.getDeviceProperties(0)["name"].decode(), "unknown") if found else "",
         min((_free(cupy, i) for i in range(found)), default=1.0),
         why,
-        any(_is_card(device) for device in Path("/sys/bus/pci/devices").glob("*")),
+        any(_is_card(device) for device in PCI.glob("*")),
         Path("/proc/driver/nvidia/version").exists(),
         Path("/dev/nvidiactl").exists(),
         os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -63,6 +69,8 @@ def look(ranks: Ranks) -> Gpus:
         (ask(runtime.driverGetVersion, 0), ask(runtime.runtimeGetVersion, 0)) if runtime else (0, 0),
         ask(lambda: load("cupy.cuda.nccl")[0].get_version(), 0) if cupy else 0,
         os.environ.get("HPCMP_SHARE_GPU") == "1",
+        cores(),
+        tuple(_near(name.split()[0]) for name in seen),
     )
 
 
@@ -166,4 +174,29 @@ def busy_check(ranks: list[Gpus]) -> Check | list[Check]:
     return Check("GPU memory", "warn", value, "`nvidia-smi` shows by whom: `kill` what a dead job left")
 
 
-SUBJECT = Subject("GPUs", look, (present_check, share_check, driver_check, nccl_check, busy_check))
+def near_check(ranks: list[Gpus]) -> Check | list[Check]:
+    """Whether each rank's cores are those next to its GPU, chosen as a run would: copies to it are slower else."""
+    if not all(rank.seen for rank in ranks):
+        return []
+    pairs = zip(ranks, assign([rank.seen for rank in ranks]), strict=True)
+    far = [(rank, rank.near[i]) for rank, i in pairs if i < len(rank.near) and rank.near[i]]
+    far = [(rank, near) for rank, near in far if not near & rank.cores]
+    if not far:
+        return []
+    (_, near), hosts = far[0], some(rank.host for rank, _ in far)
+    who = f"{len(far)} rank{'s' * (len(far) > 1)} on {hosts}"
+    value = f"no core of {who} is next to its GPU, which has cores {min(near)} to {max(near)}"
+    return Check("GPU and cores", "warn", value, "`srun --gpu-bind=closest`, or `mpirun --map-by numa --bind-to numa`")
+
+
+def _near(bus: str) -> frozenset[int]:
+    """The cores next to the GPU with this bus id; none where the system does not say."""
+    try:
+        text = (PCI / bus.lower() / "local_cpulist").read_text()
+    except OSError:
+        return frozenset()
+    ends = [[int(end) for end in part.split("-")] for part in text.strip().split(",") if part]
+    return frozenset(core for part in ends for core in range(part[0], part[-1] + 1))
+
+
+SUBJECT = Subject("GPUs", look, (present_check, share_check, near_check, driver_check, nccl_check, busy_check))

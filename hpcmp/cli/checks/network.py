@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...comm.clocks import ahead
 from .base import Check, Ranks, Subject, Trouble, attempt, by_host, some
 
 SKEW = 1.0  # seconds between two clocks: the age of locks and of files that say "alive" is compared with them
-_ROUNDS = 8  # of messages, of which the fastest counts
 _LINK = 1 << 20  # bytes of a message that measures a link
 _SLOW = 0.2e9  # bytes a second: Ethernet of 1 Gbit/s has 0.12
 _ASK = 1.0  # seconds in which a name should be known
@@ -109,26 +109,9 @@ def port_check(ranks: list[Network]) -> Check | list[Check]:
 
 
 def clock_check(ranks: Ranks) -> Check | list[Check]:
-    """How far the clocks of hosts are apart, as rank 0 sees them. Collective.
-
-    The first rank of each other host answers with its time; what it says is taken for the middle of the time between
-    question and answer, which is wrong by half of that at most. The fastest answer of a few counts.
-    """
-    comm, apart = ranks.comm, {}
-    for other in ranks.leaders[1:]:
-        if ranks.rank == 0:
-            best = (float("inf"), 0.0)
-            for _ in range(_ROUNDS):
-                asked, began = time.time(), time.perf_counter()
-                theirs = comm.sendrecv(None, dest=other, source=other)
-                took = time.perf_counter() - began
-                best = min(best, (took, theirs - asked - took / 2))
-            apart[ranks.hosts[other]] = (best[1], best[0] / 2)
-        elif ranks.rank == other:
-            for _ in range(_ROUNDS):
-                comm.recv(source=0)
-                comm.send(time.time(), dest=0)
-    apart = ranks.first(apart)
+    """How far the clocks of hosts are apart, as rank 0 sees them. Collective."""
+    found = ahead(ranks.comm, ranks.leaders[1:]) if len(ranks.leaders) > 1 else {}
+    apart = ranks.first({ranks.hosts[other]: each for other, each in found.items()})
     if not apart:
         return []
     host, (offset, error) = max(apart.items(), key=lambda item: abs(item[1][0]) - item[1][1])
