@@ -52,8 +52,7 @@ def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     for other, (where, _, why, *_) in enumerate(ranks):
         if why:
             raise InputError(f"{why} (rank {other} on host {where})")
-    order = sorted(range(len(ranks)), key=lambda r: (r if ranks[r][4] is None else ranks[r][4], r))
-    chosen = dict(zip(order, assign([ranks[r][1] for r in order]), strict=True))
+    chosen = assign([seen for _, seen, *_ in ranks], [local for *_, local in ranks])
     taken = [ranks[r][1][chosen[r]] for r in range(len(ranks))]
     holders = Counter(taken)
     cards = Counter(_card(each[0], gpu) for each, gpu in zip(ranks, taken, strict=True))
@@ -71,12 +70,15 @@ def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     return Device(index, name, max(cards.values()) > 1)
 
 
-def assign(visible: Sequence[Sequence[str]]) -> list[int]:
+def assign(visible: Sequence[Sequence[str]], local: Sequence[int | None] = ()) -> list[int]:
     """For each rank the index, among the GPUs that it sees, of its own.
 
     As many ranks as can have one to themselves: the first that is free, and if none is, one whose holder can take
-    another instead. What is left over shares evenly.
+    another instead. What is left over shares evenly. Ranks choose in the order of their ``local`` numbers on their
+    hosts, as the launcher says them; where it does not, in their own.
     """
+    numbers = [rank if number is None else number for rank, number in enumerate(local or [None] * len(visible))]
+    order = sorted(range(len(visible)), key=lambda rank: (numbers[rank], rank))
     chosen: dict[int, int] = {}
     holder: dict[str, int] = {}
 
@@ -92,7 +94,7 @@ def assign(visible: Sequence[Sequence[str]]) -> list[int]:
                 return True
         return False
 
-    left = [rank for rank in range(len(visible)) if not take(rank, set())]
+    left = [rank for rank in order if not take(rank, set())]
     taken = Counter(visible[rank][i] for rank, i in chosen.items())
     for rank in left:
         gpus = visible[rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def test_cores_far_from_a_gpu() -> None:
     check = gpu.near_check(near[::-1])
     assert check.status == "warn" and "--gpu-bind=closest" in check.advice
     assert check.value == "no core of 2 ranks on a is next to its GPU, which has cores 0 to 7"
+    turned = [replace(rank, local=1 - i) for i, rank in enumerate(near[::-1])]  # the launcher numbers them otherwise
+    assert gpu.near_check(turned) == []
     assert gpu.near_check([Gpus("a", ("gpu0",), cores=LOW, near=(frozenset(),))]) == []  # the system does not say
     assert gpu.near_check([Gpus("a", cores=LOW)]) == []
 

@@ -177,22 +177,23 @@ def test_data_that_another_host_does_not_have(run_mpi, toml, data):
     bad(found(done), "layout", "tp x tp_y = 2 ranks lie on nodes of 1", "layout.tp=1")
 
 
-def test_a_read_only_run_directory_is_a_problem(toml):
+def with_mount(toml, command):
+    """The checks where ``command`` has mounted the run's directory, ``{0}`` in it."""
     needs_mounts()
     folder = toml.parent / "run"
     folder.mkdir()
-    script = f'mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && exec "$@"'
-    done = doctor(str(toml), "--json", shell=f"exec unshare -m sh -c '{script}' sh \"$@\"")
-    assert bad(found(done), "checkpoint.directory", "is not writable on ", "remount,rw") == "problem"
+    script = f'{command.format(folder)} && exec "$@"'
+    return found(doctor(str(toml), "--json", shell=f"exec unshare -m sh -c '{script}' sh \"$@\""))
+
+
+def test_a_read_only_run_directory_is_a_problem(toml):
+    checks = with_mount(toml, "mount --bind {0} {0} && mount -o remount,bind,ro {0}")
+    assert bad(checks, "checkpoint.directory", "is not writable on ", "remount,rw") == "problem"
 
 
 def test_a_file_system_without_inodes_is_a_problem(toml):
-    needs_mounts()
-    folder = toml.parent / "run"
-    folder.mkdir()
-    script = f'mount -t tmpfs -o nr_inodes=100 t {folder} && exec "$@"'
-    done = doctor(str(toml), "--json", shell=f"exec unshare -m sh -c '{script}' sh \"$@\"")
-    assert bad(found(done), "checkpoint.directory", "and room for 9", "du --inodes") == "problem"
+    checks = with_mount(toml, "mount -t tmpfs -o nr_inodes=100 t {0}")
+    assert bad(checks, "checkpoint.directory", "and room for 9", "du --inodes") == "problem"
 
 
 def test_a_directory_that_another_run_has_and_a_checkpoint_that_is_damaged(toml):

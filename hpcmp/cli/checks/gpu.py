@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from ...comm.detect import launcher
 from ...comm.device import assign, visible
 from ...process import cores
 from ...training.versions import ask, load
@@ -24,7 +25,7 @@ class Gpus:
     """What a rank sees of GPUs. seen: a name for each, the same in every process of the host; free: the share of the
     memory of the fullest that nobody has; why: what CuPy fails with; cards, driver, nodes: whether there are cards,
     their driver, and its files in /dev; shown: CUDA_VISIBLE_DEVICES; wheels: packages of CuPy; cores: of this rank;
-    near: those next to each GPU."""
+    near: those next to each GPU; local: the rank's number on its host, if the launcher says it."""
 
     host: str
     seen: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Gpus:
     shares: bool = False
     cores: frozenset[int] = frozenset()
     near: tuple[frozenset[int], ...] = ()
+    local: int | None = None
 
 
 def count() -> int:
@@ -71,6 +73,7 @@ def look(ranks: Ranks) -> Gpus:
         os.environ.get("HPCMP_SHARE_GPU") == "1",
         cores(),
         tuple(_near(name.split()[0]) for name in seen),
+        started.local_rank if (started := launcher()) else None,
     )
 
 
@@ -123,11 +126,16 @@ def present_check(ranks: list[Gpus]) -> Check:
     return Check("GPUs", "ok", 'none: train.device = "cpu"')
 
 
+def _chosen(ranks: list[Gpus]) -> list[int]:
+    """The index of the GPU that each rank of a run would take (``comm.device``)."""
+    return assign([rank.seen for rank in ranks], [rank.local for rank in ranks])
+
+
 def share_check(ranks: list[Gpus]) -> Check | list[Check]:
-    """Whether ranks would share a GPU, chosen as a run would (``comm.device``)."""
+    """Whether ranks would share a GPU, chosen as a run would."""
     if not all(rank.seen for rank in ranks) or ranks[0].shares:
         return []
-    chosen = assign([rank.seen for rank in ranks])
+    chosen = _chosen(ranks)
     holders = Counter(rank.seen[i] for rank, i in zip(ranks, chosen, strict=True))
     crowded = [rank for rank, i in zip(ranks, chosen, strict=True) if holders[rank.seen[i]] > 1]
     if not crowded:
@@ -178,7 +186,7 @@ def near_check(ranks: list[Gpus]) -> Check | list[Check]:
     """Whether each rank's cores are those next to its GPU, chosen as a run would: copies to it are slower else."""
     if not all(rank.seen for rank in ranks):
         return []
-    pairs = zip(ranks, assign([rank.seen for rank in ranks]), strict=True)
+    pairs = zip(ranks, _chosen(ranks), strict=True)
     far = [(rank, rank.near[i]) for rank, i in pairs if i < len(rank.near) and rank.near[i]]
     far = [(rank, near) for rank, near in far if not near & rank.cores]
     if not far:
