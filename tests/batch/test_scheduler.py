@@ -131,7 +131,8 @@ def test_no_answer_is_told_once_and_ends_nothing(
     body: str | None,
     why: str,
 ) -> None:
-    monkeypatch.setattr(scheduler, "_ASKING", 0.5)
+    if body == "exec sleep 30":  # the others have the time that a busy machine takes to start them
+        monkeypatch.setattr(scheduler, "_ASKING", 0.5)
     if body:
         programs.add("squeue", body)
     else:
@@ -147,7 +148,7 @@ def test_slurm_may_tell_the_end_of_the_job_in_the_environment(
     at(monkeypatch, 0)
     now = int(time.time())
     enter(monkeypatch, {"SLURM_JOB_END_TIME": str(now + 100)})
-    assert time_left(Job("Slurm", "4711")) == pytest.approx(100, abs=1)
+    assert 90 < time_left(Job("Slurm", "4711")) <= 100
     assert time_left(Job("Slurm", "4711"), {"SLURM_JOB_END_TIME": str(now - 5)}) == 0
     assert time_left(Job()) is None
     assert not programs.calls

@@ -168,7 +168,7 @@ class Kills:
             return status[0]
         argv = [sys.executable, "-m", "tests.checkpoint.campaign", "train", *arguments]
         with tempfile.TemporaryDirectory(prefix="hpcmp-ranks-", ignore_cleanup_errors=True) as temporary:
-            environment = {"HPCMP_KERNELS": "numpy"} | ({"VICTIM": victim} if victim else {})  # they load faster
+            environment = {"HPCMP_KERNELS": "reference"} | ({"VICTIM": victim} if victim else {})  # they load faster
             process = launch.start(self.ranks, argv, Path(temporary), environment, launch.ROOT)
             try:
                 strike = lambda: _kill_some(process.pid, draw or Random())  # noqa: E731

@@ -39,9 +39,8 @@ def toml(tmp_path, data):
 def test_a_run_that_has_all_it_needs(toml):
     done = doctor(str(toml), "--json")
     assert done.returncode == 0 and "directory" not in lines(done)
-    checks = lines(done)
-    for name in ("layout", "data.path", "train.device", "memory of the run", "checkpoint.directory"):
-        assert checks[name]["status"] == "ok", checks[name]
+    fine = {check["name"] for check in found(done) if check["status"] == "ok"}  # a busy disk is a line of its own
+    assert fine >= {"layout", "data.path", "train.device", "memory of the run", "checkpoint.directory"}
     assert not (toml.parent / "run").exists() and sorted(p.name for p in toml.parent.iterdir()) == ["tiny.toml"]
 
 

@@ -196,7 +196,8 @@ def test_a_study_of_scaling_runs_here_without_a_scheduler(repository: Path, monk
     assert main(["data", "prepare", "c.txt", "--output", "c.h5"]) == 0
     Path("c.toml").write_text('[model]\nlayers = 1\nhidden = 8\nheads = 2\nsequence = 8\n[data]\npath = "c.h5"\n')
     Path("here.toml").write_text('batch.scheduler = "none"\nlaunch.bind = "none"')
-    words = ["c.toml", "here.toml", "2", "train.steps=3", "optimizer.warmup=0", "train.batch=4"]
+    given = ["train.steps=3", "optimizer.warmup=0", "train.batch=4", "train.kernels=reference"]
+    words = ["c.toml", "here.toml", "2", *given]
     rows = [line.split() for line in study(repository, monkeypatch, *words).splitlines()]
     assert rows[0] == ["ranks", "batch", "s/step", "tokens/s", "efficiency"]
     assert [row[:3] for row in rows[1:]] == [

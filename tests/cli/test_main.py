@@ -244,7 +244,7 @@ def test_an_error_is_said_once_and_ends_the_job_in_seconds(run_mpi, tmp_path, ki
     (tmp_path / "boom.py").write_text(BOOM)
     start = time.monotonic()
     done = run_mpi(4, [sys.executable, str(tmp_path / "boom.py"), "boom", kind, ranks], env={"PYTHONPATH": str(ROOT)})
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 45  # and not the 60 that the others would sleep
     assert done.returncode == code and done.stdout.strip() == ""
     (line,) = ours(done.stderr)
     assert line.strip().startswith(said) and "Traceback" not in done.stderr

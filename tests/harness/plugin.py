@@ -15,10 +15,12 @@ Under ``--with-mpi`` or ``--only-mpi`` (pytest-mpi) this process is itself a ran
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -98,11 +100,28 @@ class RankedTest(pytest.Item):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A program that uses Open MPI without mpirun leaves 16 MB in /dev/shm: have serial tests leave it in a folder."""
+    """A program that uses Open MPI without mpirun leaves 16 MB in /dev/shm: have serial tests leave it in a folder.
+
+    Compiled modules are kept, whatever the environment says: tests start some thousand processes, which would each
+    compile all that they import.
+    """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if not _is_rank(config) and "OMPI_MCA_btl_sm_backing_directory" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="hpcmp-alone-", ignore_cleanup_errors=True)
         os.environ["OMPI_MCA_btl_sm_backing_directory"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Tests and their modules stay to the end: the garbage collector need not look at them, now or ever."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

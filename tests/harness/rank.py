@@ -52,6 +52,7 @@ class Reporter:
                 summary = "no such test under mpirun: does its name or its parameters depend on the number of ranks?"
                 self.send(test=test, outcome="failed", text="", summary=summary, place="", time=time.time())
         self.send(event="ready")
+        wait_for_all()
 
     def pytest_runtest_logstart(self) -> None:
         self.skipped = ""
@@ -103,6 +104,16 @@ def main() -> None:
     sys.stdout.flush()
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         os._exit(status)  # at once: the others may never reach MPI_Finalize
+    wait_for_all()
+
+
+def wait_for_all() -> None:
+    """A barrier that sleeps: where ranks outnumber cores, those that wait in MPI slow down those still at work."""
+    from mpi4py import MPI
+
+    request = MPI.COMM_WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

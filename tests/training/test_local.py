@@ -28,7 +28,7 @@ from hpcmp.training.trainer import Trainer
 toml, memory = sys.argv[1:3]
 for name, _, dies in (word.partition(":") for word in sys.argv[3:]):
     local = [f"checkpoint.local={memory}/node{{node}}", "checkpoint.local_every=2"] if name == "killed" else []
-    given = ["layout.dp=2", f"run.directory={Path(toml).parent / name}", *local]
+    given = ["layout.dp=2", "train.kernels=reference", f"run.directory={Path(toml).parent / name}", *local]
     with Trainer(load_config(Path(toml), given), MPI.COMM_WORLD) as trainer:
         if trainer.logs:
             print(name, trainer.step, flush=True)

@@ -59,7 +59,9 @@ def test_measured_stages_are_the_serial_model(world: Intracomm) -> None:
     assert_serial([made], world)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(size=1)
+@pytest.mark.mpi(size=2)
+@pytest.mark.mpi(size=3)
 def test_a_continued_run_keeps_its_stages(
     world: Intracomm, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
