@@ -129,7 +129,27 @@ def dropout(draw: Draw) -> Any:
 @kernel
 def rope(draw: Draw) -> Any:
     x, angle = draw(TOKENS, 1, HEADS, HEAD), draw(TOKENS, 1, 1, HEAD // 2)
-    return [x, angle, angle], 2 * nbytes(x)
+    return [x, draw.xp.cos(angle), draw.xp.sin(angle)], 2 * nbytes(x)
+
+
+@kernel
+def add_amax(draw: Draw) -> Any:
+    x = draw(TOKENS, HIDDEN)
+    return [draw.xp.zeros(1, np.float32), x], nbytes(x)
+
+
+@kernel
+def quantise(draw: Draw) -> Any:
+    x = draw(TOKENS, HIDDEN)
+    return [x, draw.xp.ones(1, np.float32), "e5m2", True, True], nbytes(x) + 2 * x.size
+
+
+@kernel
+def fp8_product(draw: Draw) -> Any:
+    a, b = (draw.whole(64, n, HIDDEN).astype(np.uint8) for n in (TOKENS, FFN))
+    inverse = draw.xp.ones(1, np.float32)
+    settings = {"formats": ("e4m3", "e4m3")}
+    return [draw(TOKENS, FFN), a, b, inverse, inverse], 2 * TOKENS * FFN * HIDDEN, settings, "FLOP"
 
 
 @kernel

@@ -37,7 +37,7 @@ MODELS = {
     "1.3B": (2048, 24, 16, 50304),
     "2.7B": (2560, 32, 32, 50304),
 }
-TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3}  # of the losses, relative
+TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "fp8": 2e-2}  # of the losses, relative
 TOGETHER = 3e8  # parameters up to which all programs are in memory at once
 FORMULA = """\
 Model FLOPs of a step: 6 x tokens x (12 x layers x hidden^2 + vocabulary x hidden + layers x sequence x hidden): forward
@@ -64,7 +64,8 @@ Command = tuple[str, list[str]]  # a program's name, and what starts it
 def programs(size: Size, args: argparse.Namespace, python: str | None, weights: str) -> list[Command]:
     """hpcmp and each variant of the peer."""
     what = ["--model", json.dumps(dataclasses.asdict(size)), "--device", args.device, "--dtype", args.dtype]
-    made = [("hpcmp", module(sys.executable, "hpcmp_gpu_step", *what, "--recompute", args.recompute))]
+    mine = module(sys.executable, "hpcmp_gpu_step", *what, "--recompute", args.recompute, "--fp8", args.fp8)
+    made = [("hpcmp", mine)] + ([("hpcmp graphs", [*mine, "--graphs"])] if args.graphs else [])
     for variant in args.variants.split(",") if python else ():
         more = ["--compile"] if variant == "compiled" else []
         made.append((f"PyTorch {variant}", module(str(python), "torch_gpu_step", *what, "--weights", weights, *more)))
@@ -128,7 +129,8 @@ def measure(model: str, sequence: int, args: argparse.Namespace, python: str | N
     difference = None
     try:
         if "hpcmp" in ran:
-            difference = check_losses({name: each["losses"] for name, each in ran.items()}, TOLERANCE[args.dtype])
+            tolerance = TOLERANCE[args.dtype if args.fp8 == "none" else "fp8"]
+            difference = check_losses({name: each["losses"] for name, each in ran.items()}, tolerance)
     except SystemExit as error:
         found, ran = {name: {"failed": str(error)} for name in found}, {}
     name = next((each["facts"]["device"] for each in ran.values()), args.device)
@@ -142,6 +144,7 @@ def measure(model: str, sequence: int, args: argparse.Namespace, python: str | N
         "parameters": parameters(size),
         "dtype": args.dtype,
         "recompute": args.recompute,
+        "fp8": args.fp8,
         "device": name,
         "peak": peak,
         "peak_of": "the table or --peak" if known else "the fastest product of the programs",
@@ -200,13 +203,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sequences", default="1024,2048,4096,8192")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--torch", help="an interpreter that has PyTorch")
     parser.add_argument("--variants", default="eager,compiled")
     parser.add_argument("--turns", choices=("auto", "together", "apart"), default="auto")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="timed in a turn, after one that is not")
     parser.add_argument("--recompute", default="none", help="layout.recompute of hpcmp")
+    parser.add_argument("--graphs", action="store_true", help="hpcmp with CUDA graphs, too")
+    parser.add_argument("--fp8", choices=("none", "current", "delayed"), default="none", help="train.fp8 of hpcmp")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, where the table of devices.py lacks it")
     parser.add_argument("--place", type=Path, help="where the weights lie meanwhile: 11 GB for 2.7B")
     parser.add_argument("--label", nargs="*", default=[], help="words for the name of the files")

@@ -55,7 +55,7 @@ def element_wise() -> dict[str, tuple[list[Any], dict[str, Any], int]]:
         "swiglu": ([pair], {}, 3 * p),
         "swiglu_backward": ([half, pair], {}, 5 * p),
         "dropout": ([x, mask], {}, 2 * n),
-        "rope": ([q, angle, angle], {}, 2 * q.nbytes),
+        "rope": ([q, np.cos(angle), np.sin(angle)], {}, 2 * q.nbytes),
         "cross_entropy_parts": ([logits, targets, 0], {}, logits.nbytes),
         "cross_entropy_backward": ([top, logits.copy(), targets, 0, top + 2], {}, 2 * logits.nbytes),
         "add_rows": ([real(2048), up], {}, h),

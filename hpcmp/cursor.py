@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +33,11 @@ class Cursor:
     position, sequence-parallel collectives need the whole sequence's length. Everything else never sees it.
 
     ``losses`` gathers, by name, the sums over tokens of the losses that layers have of their own (a router's): each is
-    added in the backward, once for each microbatch, on one of the ranks that hold the same value.
+    added in the backward, once for each microbatch, on one of the ranks that hold the same value: numbers, or arrays
+    without axes, where the layers compute.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self.place = Place()
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, Any] = {}

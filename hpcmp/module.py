@@ -6,7 +6,9 @@
 With y = f(x, w): dx = (df/dx)^T dy, and wgrad adds (df/dw)^T dy into ``Parameter.grad``. ``saved`` is whatever
 backward needs: what it holds *is* the layer's memory policy, and dropping it frees the memory. ``wgrad`` decides
 *when* weight gradients are computed (see ``wgrad.py``). A module never changes its input or ``dy`` in place, but for
-the loss (``layers/loss.py``), whose backward writes over the logits: what feeds it keeps none.
+two, and what feeds these keeps nothing of what it gives them: the loss (``layers/loss.py``), whose backward writes over
+the logits, and rotary positions (``Rope`` in ``layers/attention.py``), which turn queries, keys and their gradients
+where they lie.
 
 Activations are sequence-first, (sequence, batch, hidden), so that a shard of the sequence is contiguous in memory.
 """
@@ -38,6 +40,8 @@ class Parameter:
     replicas: the mesh axes over which the whole shard is copied, each rank seeing other data: ``grad`` owes a sum over
     them, and ZeRO shards it over them. shared: the further axes over which ``grad`` owes a sum: shards that overlap or
     are copies each hold only a part of it. overlaps: that sum is over shards that overlap without being equal.
+    derived: what layers have made of ``data`` and keep, with the ``version`` that it was made of; whoever changes
+    ``data`` adds one to that, and whoever takes it away sets ``derived`` to None.
     decay: whether weight decay applies. matrix: (stack, rows): the leading axes that count independent matrices, and
     the axes after them that make a matrix's rows; None for what is no matrix of a hidden layer. uses: how many modules
     of this rank add to ``grad``.
@@ -66,6 +70,8 @@ class Parameter:
         self.uses = 0
         self.data: Array = None
         self.grad: Array = None
+        self.version = 0
+        self.derived: Any = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -160,6 +166,7 @@ class Module:
                 p.data = xp.empty(p.local_shape, dtype)
                 p.grad = xp.zeros(p.local_shape, wide(dtype))
             p.data[...] = p.initial(p, seed, xp)
+            p.version += 1
             p.grad[...] = 0
         return parameters
 

@@ -41,10 +41,16 @@ class RecomputeInput(Module):
 
     def forward(self, x: Any) -> tuple[Any, Any]:
         z = self.f.forward(x)[0]
-        y, saved = self.g.forward(z)
+        return self._alone(z, *self.g.forward(z)), x
+
+    def forward_onto(self, x: Any, onto: Array) -> tuple[Array, Any]:
+        z = self.f.forward(x)[0]
+        return self._alone(z, *self.g.forward_onto(z, onto)), x
+
+    def _alone(self, z: Any, y: Any, saved: Any) -> Any:
         if saved is not z:
             raise TypeError(f"{type(self.g).__name__} keeps more than its input, which cannot be made again for it")
-        return y, x
+        return y
 
     def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> Any:
         z, kept = self.f.forward(saved)

@@ -25,10 +25,13 @@ from hpcmp.training.metrics import peak_flops
 class Steps:
     """An engine on ``device``, and the batches of a size."""
 
-    def __init__(self, size: Size, device: str, dtype: str, recompute: str = "none") -> None:
+    def __init__(
+        self, size: Size, device: str, dtype: str, recompute: str = "none", graphs: bool = False, fp8: Any = "none"
+    ) -> None:
         self.size = size
         config = hpcmp_step.configuration(size, recompute=recompute)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device, dtype=dtype))
+        train = dataclasses.replace(config.train, device=device, dtype=dtype, cuda_graphs=graphs, fp8=fp8)
+        config = dataclasses.replace(config, train=train)
         self.engine = Engine(config, mesh_for(config, None))
         self.samples = np.arange(size.batch)
 
@@ -70,10 +73,12 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--fp8", default="none")
     parser.add_argument("--export")
     args = parser.parse_args()
     base = common.memory()
-    steps = Steps(Size(**json.loads(args.model)), args.device, args.dtype, args.recompute)
+    steps = Steps(Size(**json.loads(args.model)), args.device, args.dtype, args.recompute, args.graphs, args.fp8)
     if args.export:
         np.savez(args.export, **steps.weights())
         return

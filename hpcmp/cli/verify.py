@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             dataclasses.asdict(report) | {"worst": report.worst, "equal": report.worst <= args.tolerance}
             for report in reports
         ],
+        "left_out": [] if config.train.fp8 == "none" else ["train.fp8"],
         "equal": good,
         "exit_code": OK if good else FAILED,
     }
@@ -98,5 +99,6 @@ def show(result: dict[str, Any]) -> str:
         )
     ends.append(
         f"largest relative difference allowed: {result['tolerance']:g}, over {result['steps']} steps in float64"
+        + "".join(f", without {key}" for key in result["left_out"])
     )
     return "\n".join(lines + ends)

@@ -8,28 +8,45 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..arrays import module_for
 from ..batch import launcher
 from ..errors import InputError
+from ..kernels.cuda import libraries
+from .lanes import nccl_version
 
 log = logging.getLogger("hpcmp")
+
+_SHARING = 23003  # NCCL 2.30.3, the first that connects ranks which share a GPU
 
 
 @dataclass(frozen=True)
 class Device:
     """A rank's GPU: ``index`` as CUDA numbers those that it sees. shared: whether any ranks of the job share a GPU, or
-    have slices of one (MIG)."""
+    have slices of one (MIG). together: whether NCCL connects those, too. The last two are the same on every rank."""
 
     index: int
     name: str
     shared: bool
+    together: bool = False
 
     @property
     def nccl(self) -> bool:
-        """Whether NCCL connects the ranks: where some share a GPU, only if NCCL_MULTI_RANK_GPU_ENABLE=1 (2.30.3)."""
-        return not self.shared or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+        """Whether NCCL connects the ranks."""
+        return not self.shared or self.together
+
+
+class Told(NamedTuple):
+    """What a rank tells the others: its host, the GPUs that it sees, why it has none, whether ranks may share one and
+    whether its NCCL then connects them, its number on its host, if the launcher says it."""
+
+    host: str
+    seen: list[str]
+    problem: str
+    share: bool
+    together: bool
+    local: int | None
 
 
 def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
@@ -42,22 +59,22 @@ def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     Raises InputError, the same on every rank, if CuPy or a GPU is missing anywhere, or if ranks would share a GPU and
     no rank has HPCMP_SHARE_GPU=1 in its environment.
     """
-    host, started, seen, name, problem = socket.gethostname(), launcher(), [""], "", ""
+    host, started, seen, together, problem = socket.gethostname(), launcher(), [""], False, ""
     local = started.local_rank if started else None
     try:
-        seen = visible(host)
+        seen, together = visible(host), _together()
     except InputError as error:
         problem = str(error)
-    ranks = gather((host, seen, problem, os.environ.get("HPCMP_SHARE_GPU") == "1", local))
-    for other, (where, _, why, *_) in enumerate(ranks):
-        if why:
-            raise InputError(f"{why} (rank {other} on host {where})")
-    chosen = assign([seen for _, seen, *_ in ranks], [local for *_, local in ranks])
-    taken = [ranks[r][1][chosen[r]] for r in range(len(ranks))]
+    ranks: list[Told] = gather(Told(host, seen, problem, os.environ.get("HPCMP_SHARE_GPU") == "1", together, local))
+    for other, each in enumerate(ranks):
+        if each.problem:
+            raise InputError(f"{each.problem} (rank {other} on host {each.host})")
+    chosen = assign([each.seen for each in ranks], [each.local for each in ranks])
+    taken = [each.seen[index] for each, index in zip(ranks, chosen, strict=True)]
     holders = Counter(taken)
-    cards = Counter(_card(each[0], gpu) for each, gpu in zip(ranks, taken, strict=True))
+    cards = Counter(_card(each.host, gpu) for each, gpu in zip(ranks, taken, strict=True))
     crowded = max(holders.values()) > 1
-    if crowded and not any(share for *_, share, _ in ranks):
+    if crowded and not any(each.share for each in ranks):
         raise InputError(_crowded(ranks, taken, holders))
     index = chosen[rank]
     cuda = module_for("cuda").cuda
@@ -65,9 +82,12 @@ def select_device(rank: int, gather: Callable[[Any], list[Any]]) -> Device:
     name = cuda.runtime.getDeviceProperties(index)["name"].decode()
     place = "" if started is None or local is None else f" (local rank {local} of {started.name})"
     log.info("rank %d%s: GPU %d of the %d that it sees on %s, %s", rank, place, index, len(seen), host, name)
+    if rank == 0:
+        log.info("%s", libraries.said())
     if crowded and rank == 0:
         log.warning("%d ranks share %d GPUs (HPCMP_SHARE_GPU=1)", len(ranks), len(holders))
-    return Device(index, name, max(cards.values()) > 1)
+    together = all(each.together for each in ranks) and not any("MIG-" in gpu for gpu in taken)
+    return Device(index, name, max(cards.values()) > 1, together)
 
 
 def assign(visible: Sequence[Sequence[str]], local: Sequence[int | None] = ()) -> list[int]:
@@ -119,6 +139,11 @@ def visible(host: str) -> list[str]:
     return names
 
 
+def _together() -> bool:
+    """Whether NCCL connects ranks of this host that share a GPU: from 2.30.3 on, if it is told to."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl_version() >= _SHARING
+
+
 def _slices() -> list[str]:
     """The uuids of the slices that this process was given, by index, and "" for whole GPUs. Of one that is not named by
     its uuid CUDA tells the GPU's alone."""
@@ -131,10 +156,10 @@ def _card(host: str, gpu: str) -> str:
     return f"{host} {gpu.split()[0]}" if "MIG-" in gpu else gpu
 
 
-def _crowded(ranks: list[Any], taken: list[str], holders: Counter[str]) -> str:
+def _crowded(ranks: list[Told], taken: list[str], holders: Counter[str]) -> str:
     """What is wrong on the first host where ranks would share a GPU."""
-    host = next(rank[0] for rank, gpu in zip(ranks, taken, strict=True) if holders[gpu] > 1)
-    here = [gpu for rank, gpu in zip(ranks, taken, strict=True) if rank[0] == host]
+    host = next(rank.host for rank, gpu in zip(ranks, taken, strict=True) if holders[gpu] > 1)
+    here = [gpu for rank, gpu in zip(ranks, taken, strict=True) if rank.host == host]
     gpus = len(set(here))
     return (
         f"{len(here)} ranks on host {host} have {gpus} GPU{'s' * (gpus > 1)}: start at most one rank a GPU, "

@@ -67,6 +67,13 @@ class Library:
         self.gpu.use()
 
 
+def nccl_version() -> int:
+    """The version of CuPy's NCCL, such as 23003; 0 without one."""
+    from cupy.cuda import nccl
+
+    return int(nccl.get_version()) if nccl.available else 0
+
+
 class Done:
     """The end of an operation, as ``Pending`` asks for it; its names are those of an MPI request.
 

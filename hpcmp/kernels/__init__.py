@@ -1,9 +1,9 @@
 """The maths on local arrays: one function a kernel, forward and backward twins.
 
-``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, with ``attention``, ``moe`` and, for
-optimizers, ``update``, is the specification of every kernel and the oracle of every test; ``cpu``, ``compiled`` (by
-Numba, for NumPy arrays) and ``cuda`` override what is worth overriding; ``half`` makes of a set one for arrays of 16
-bits.
+``of(x)`` is the kernel set for the library that ``x`` belongs to. ``reference``, with ``attention``, ``moe``, ``fp8``,
+``composed`` and, for optimizers, ``update``, is the specification of every kernel and the oracle of every test;
+``cpu``, ``compiled`` (by Numba, for NumPy arrays) and ``cuda`` override what is worth overriding; ``half`` makes of a
+set one for arrays of 16 bits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, is_half
-from . import attention, cpu, cuda, moe, reference, update
+from . import attention, composed, cpu, cuda, fp8, moe, reference, update
 from .half import Half
+
+
+def _functions(module: ModuleType) -> dict[str, Any]:
+    """The public functions that a module defines."""
+    functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
+    return {k: v for k, v in functions.items() if v.__module__ == module.__name__}
 
 
 class KernelSet:
     """The functions of the specification, and in place of some those of ``overrides``."""
 
     def __init__(self, *overrides: ModuleType) -> None:
-        for module in (reference, attention, moe, update, *overrides):
-            functions = {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
-            vars(self).update({k: v for k, v in functions.items() if v.__module__ == module.__name__})
+        for name, kernel in _functions(composed).items():
+            setattr(self, name, functools.partial(kernel, self))
+        for module in (reference, attention, moe, fp8, update, *overrides):
+            vars(self).update(_functions(module))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no kernel {name!r}")

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..arrays import is_half
-from . import update
+from . import composed, update
 
 #: Kernels that only move numbers, or round once as they are.
 EXACT = {"assign", "rows", "embedding", "membership", "within_capacity", "take_rows"}
+EXACT |= {"add_amax", "quantise", "fp8_product", "shift_history"}
 
 #: Of which results only the first (0) or none are 16-bit numbers again; all those of every other kernel are.
 ROUNDED: dict[str, tuple[int, ...]] = {
@@ -34,7 +35,7 @@ ROUNDED: dict[str, tuple[int, ...]] = {
 }
 
 #: Kernels whose result takes the place of an argument, and of which.
-OVERWRITTEN = {"cross_entropy_backward": 1}
+OVERWRITTEN = {"cross_entropy_backward": 1, "rope": 0}
 
 
 class Half:
@@ -48,7 +49,9 @@ class Half:
 
     def __init__(self, wide: Any, native: frozenset[str] = frozenset()) -> None:
         for name, kernel in vars(wide).items():
-            if not hasattr(update, name):
+            if hasattr(composed, name) and name not in native:
+                setattr(self, name, functools.partial(getattr(composed, name), self))
+            elif not hasattr(update, name):
                 setattr(self, name, kernel if name in EXACT | native else widened(name, kernel))
 
     def __getattr__(self, name: str) -> Any:

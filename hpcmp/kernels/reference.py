@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..arrays import Array, array_module, wide
+from ..arrays import Array, array_module
 from ..random import DropoutMask
 
 _GELU_A, _GELU_C = math.sqrt(2 / math.pi), 0.044715
@@ -164,16 +164,17 @@ def dropout(x: Array, mask: DropoutMask, onto: Array | None = None) -> Array:
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs (x_i, x_{i + d/2}) by the angle of their position: y = (a cos - b sin, b cos + a sin).
+    """Rotate the pairs (x_i, x_{i + d/2}) by the angle of their position: (a cos - b sin, b cos + a sin). **Written
+    over x**; returns x.
 
-    x (s, b, n, D), cos and sin (s, 1, 1, d/2): the first d numbers turn, the other D - d stay as they are (the values
+    x (s, b, n, D), cos and sin (s, 1, 1, d/2): the first d numbers turn, the other D - d are left alone (the values
     beside a head's keys). The adjoint is the rotation by the opposite angle, ``sin`` negated. Su et al., "RoFormer",
     2021, with the halves paired as Llama has them.
     """
-    xp = array_module(x)
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return xp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    a[...], b[...] = a * cos - b * sin, b * cos + a * sin
+    return x
 
 
 def embedding(table: Array, ids: Array, first: int) -> Array:
@@ -241,6 +242,6 @@ def add_square_sum(total: Array, x: Array) -> None:
     total += array_module(x).square(x, dtype="float64").sum()
 
 
-def assign(target: Array, x: Array, factor: float = 1.0) -> None:
-    """target = factor x, of one shape and any two dtypes, in place, rounded once."""
-    target[...] = x if factor == 1 else x.astype(wide(x.dtype), copy=False) * wide(x.dtype).type(factor)
+def assign(target: Array, x: Array) -> None:
+    """target = x, of one shape and any two dtypes, in place, rounded once."""
+    target[...] = x

@@ -1,6 +1,8 @@
 """The specification of the optimizers' kernels, as ``reference`` is of the others': flat arrays, in place.
 
-Every function takes g = grad_scale * grad for its gradient. Arrays are of one dtype, float32 or float64.
+Every function takes g = grad_scale * grad for its gradient. Arrays are of one dtype, float32 or float64. ``adamw`` and
+``sgd`` take grad_scale as a number or as an array of one, float64, where the others are: on a GPU the kernel reads it
+then, and the host waits for nothing. Where it is NaN they change nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +11,28 @@ import math
 import operator
 from collections.abc import Callable
 
-from ..arrays import Array, array_module
+from ..arrays import Array, array_module, to_host
 
 _NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
 
+def clip_factor(sums: Array, factor: Array, *, clip: float | None, scale: float) -> None:
+    """factor = min(1, clip / norm) / scale, norm = sqrt(sums[0]) / scale, in place: what a step multiplies its gradient
+    by, from the sum of squares of the gradient, which is ``scale`` times too large; clip: None for no limit.
+
+    NaN if the norm or the loss, sums[1], is not finite, and if it was NaN before: after a step that is no good every
+    further one changes nothing, until the host has seen it. sums (2 or more,), factor (1,), float64, in one place.
+    """
+    xp = array_module(sums)
+    norm = xp.sqrt(sums[:1]) / scale
+    clipped = 1.0 if clip is None else clip / xp.maximum(norm, clip)
+    sound = xp.isfinite(norm) & xp.isfinite(sums[1:2]) & ~xp.isnan(factor)
+    factor[...] = xp.where(sound, clipped / scale, math.nan)
+
+
 def adamw(
     data: Array, grad: Array, m: Array, v: Array, *, step: int, rate: float, betas: tuple[float, float], epsilon: float,
-    decay: float, grad_scale: float, out: Array | None = None,
+    decay: float, grad_scale: float | Array, out: Array | None = None,
 ) -> None:  # fmt: skip
     """One step of AdamW. out: what gets the new weights besides, in its own dtype.
 
@@ -25,7 +41,10 @@ def adamw(
 
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
     """
-    update = adam_update(grad, m, v, step=step, betas=betas, epsilon=epsilon, grad_scale=grad_scale)
+    scale = to_host(grad_scale).item()
+    if math.isnan(scale):
+        return
+    update = adam_update(grad, m, v, step=step, betas=betas, epsilon=epsilon, grad_scale=scale)
     data -= rate * (update + decay * data)
     if out is not None:
         out[...] = data
@@ -45,13 +64,18 @@ def adam_update(
     return m / (1 - b1**step) / (xp.sqrt(v / (1 - b2**step)) + epsilon)
 
 
-def sgd(data: Array, grad: Array, m: Array, *, rate: float, momentum: float, decay: float, grad_scale: float) -> None:
+def sgd(
+    data: Array, grad: Array, m: Array, *, rate: float, momentum: float, decay: float, grad_scale: float | Array
+) -> None:
     """One step of gradient descent with momentum: m <- momentum m + g, data <- data - rate (m + decay data).
 
     Polyak, 1964; the decay is decoupled, as in Loshchilov and Hutter, 2019, algorithm 1.
     """
+    scale = to_host(grad_scale).item()
+    if math.isnan(scale):
+        return
     m *= momentum
-    m += grad * grad.dtype.type(grad_scale)
+    m += grad * grad.dtype.type(scale)
     data -= rate * (m + decay * data)
 
 
@@ -73,7 +97,8 @@ def orthogonalise(
     xp = array_module(x)
     a, b, c = _NEWTON_SCHULZ
     wide = x if x.shape[0] <= x.shape[1] else x.T
-    y = wide / (math.sqrt(float(xp.square(wide, dtype="float64").sum())) + epsilon)
+    norm = xp.sqrt(xp.square(wide, dtype="float64").sum()) + epsilon
+    y = wide / norm.astype(x.dtype)  # on a GPU the host does not wait for it
     for _ in range(steps):
         gram = multiply(y, y.T)
         y = a * y + multiply(b * gram + c * multiply(gram, gram), y)

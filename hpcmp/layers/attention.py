@@ -97,6 +97,9 @@ class Rope(Module):
 
     x = (q (s, batch, n, d), kv (s, batch, k, 2, d)), this rank's heads at its positions, ``parallel.context()``; values
     pass unchanged. Su et al., "RoFormer", 2021, equation 15.
+
+    **Forward and backward write over what they are given**: x must be this layer's alone, as the product of a linear is
+    that nobody else keeps, and ``dy`` as attention makes it.
     """
 
     def __init__(self, parallel: ModelParallel, head_size: int, theta: float = 10000.0) -> None:
@@ -114,11 +117,11 @@ class Rope(Module):
         positions = np.asarray(self.parallel.context(), np.int64).tobytes()
         cos, *sines = _turns(positions, self.head_size, self.theta, q.dtype, array_module(q))
         sin = sines[sign < 0]
-        beside = kv.reshape(*kv.shape[:3], 2 * self.head_size)  # keys, of which rope turns all, and values
+        beside = kv.reshape(*kv.shape[:3], 2 * self.head_size)  # keys, of which rope turns all, and values: a view
         return rope(q, cos, sin), rope(beside, cos, sin).reshape(kv.shape)
 
 
-@functools.lru_cache(maxsize=1)  # every layer of a model has the same, forward and backward
+@functools.lru_cache(maxsize=16)  # every layer of a model has the same, forward and backward, for each length
 def _turns(
     positions: bytes, head_size: int, theta: float, dtype: np.dtype[Any], xp: ModuleType
 ) -> tuple[Array, Array, Array]:
@@ -164,7 +167,7 @@ class CausalAttention(Module):
             queries, keys, causal = self.ring.pair(peer)
             part, row = self._forward(q[queries], block[keys], causal, self._mask(place, peer, q))
             if causal:  # this rank's own block, which comes first
-                o, lse = part.astype(wide(q.dtype), copy=False), row
+                o, lse = part.astype(self._summing(q), copy=False), row
             else:
                 more = part.astype(o.dtype, copy=False), row
                 o[queries], lse[..., queries] = kernels.of(o).merge_attention(o[queries], lse[..., queries], *more)
@@ -179,7 +182,7 @@ class CausalAttention(Module):
             rows = (dy[queries], q[queries], o[queries], lse[..., queries])
             part, gradient = self._backward(*rows, block[keys], causal, self._mask(place, peer, q))
             if causal:
-                dq, own = part.astype(wide(q.dtype), copy=False), gradient
+                dq, own = part.astype(self._summing(q), copy=False), gradient
                 continue
             dq[queries] += part
             total = array_module(q).zeros_like(block) if carried is None else carried.wait()
@@ -230,6 +233,10 @@ class CausalAttention(Module):
             return attention_mask(self.dropout, self.name, self.cursor, place, *positions, heads, like)
 
         return mask
+
+    def _summing(self, q: Array) -> np.dtype[Any]:
+        """The dtype in which what the blocks of a ring give is added up; alone, there is nothing to add."""
+        return wide(q.dtype) if self.ring.comm.size > 1 else q.dtype
 
     @staticmethod
     def _scale(q: Array) -> float:

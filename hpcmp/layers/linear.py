@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..arrays import Array
 from ..module import Initial, Module, Parameter, constant
 from ..wgrad import WGrad
 from .parallel import ModelParallel
+from .products import matrix as matrix
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,42 @@ class ColumnParallelLinear(Module):
                 self.biases[_bias(name)] = parallel.sharded(
                     *o.shape, axis=o.axis, initial=constant(0), decay=False, **shard
                 )
+        self.products = parallel.products.linear(list(self.weights.values()), 1)
 
     def forward(self, x: Array) -> tuple[Any, Array]:
         whole = self.enter(x)
-        k = kernels.of(x)
+        factor = self.products.input(whole)
         sums = []
         for name, weight in self.weights.items():
             bias = self.biases[_bias(name)].data.reshape(-1) if self.biases and self.first else None
-            sums.append(self.contract.start(k.matmul(whole, matrix(weight.data, 1), bias)))
+            sums.append(self.contract.start(self.products.forward(factor, weight, 1, bias)))
         shapes = [(*whole.shape[:-1], *weight.data.shape[1:]) for weight in self.weights.values()]
         ys = [pending.wait().reshape(shape) for pending, shape in zip(sums, shapes, strict=True)]
         return ys[0] if len(ys) == 1 else tuple(ys), x
 
     def backward(self, dy: Any, x: Array, wgrad: WGrad) -> Array:
         whole = self.enter.start(x)  # with sequence parallelism, under the GEMM of dX
-        k = kernels.of(x)
         dys = (dy,) if len(self.weights) == 1 else dy
         flat = [matrix(d, x.ndim - 1, keep=True) for d in dys]
+        factors = [self.products.gradient(d, weight) for d, weight in zip(flat, self.weights.values(), strict=True)]
         dx = None
-        for d, weight in zip(flat, self.weights.values(), strict=True):
-            part = k.matmul_transposed(d, matrix(weight.data, 1))
-            dx = part if dx is None else k.add(dx, part)
+        for factor, weight in zip(factors, self.weights.values(), strict=True):
+            dx = self.products.backward(factor, weight, 1, onto=dx)
         leaving = self.enter.T.start(dx)
-        wgrad(self.backward_weight, whole.wait(), flat)  # hides the exit of dX
+        wgrad(self.backward_weight, whole.wait(), factors, flat if self.biases else factors)  # hides the exit of dX
         return leaving.wait()
 
-    def backward_weight(self, x: Array, dys: list[Array]) -> None:
-        """dW += X^T dY, db += sum dY."""
-        k = kernels.of(x)
-        for dy, (name, weight) in zip(dys, self.weights.items(), strict=True):
-            k.add_outer(matrix(weight.grad, 1), x, dy)
-            if self.biases:
-                k.add_rows(self.biases[_bias(name)].grad.reshape(-1), dy)
+    def backward_weight(self, x: Array, factors: list[Any], dys: list[Any]) -> None:
+        """dW += X^T dY, db += sum dY. factors: what ``products`` multiplies for the dys."""
+        k, again = kernels.of(x), self.products.input(x, again=True)
+        for factor, dy, (name, weight) in zip(factors, dys, self.weights.items(), strict=True):
+            bias = self.biases[_bias(name)].grad.reshape(-1) if self.biases else None
+            if bias is not None and factor is dy:
+                k.add_outer_and_rows(matrix(weight.grad, 1), bias, x, dy)
+                continue
+            self.products.add_outer(weight, 1, again, factor)
+            if bias is not None:
+                k.add_rows(bias, dy)
 
 
 class RowParallelLinear(Module):
@@ -119,24 +123,36 @@ class RowParallelLinear(Module):
         )
         self.bias = parallel.replicated(features, hidden=0, initial=constant(0), decay=False) if bias else None
         self.rank = len(shape)
+        self.products = parallel.products.linear([self.weight], self.rank)
 
     def forward(self, x: Array) -> tuple[Array, Array]:
+        return self.leave(self._product(x)), x
+
+    def forward_onto(self, x: Array, onto: Array) -> tuple[Array, Array]:
+        if self.leave.comm.size > 1:  # the sum of the ranks' products comes first
+            return kernels.of(onto).add(onto, self.leave(self._product(x))), x
+        return self._product(x, onto), x
+
+    def _product(self, x: Array, onto: Array | None = None) -> Array:
         flat = matrix(self.expand(x), x.ndim - self.rank, keep=True)
         bias = self.bias.data if self.bias is not None and self.first else None
-        return self.leave(kernels.of(x).matmul(flat, matrix(self.weight.data, self.rank), bias)), x
+        return self.products.forward(self.products.input(flat), self.weight, self.rank, bias, onto)
 
     def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
-        whole = self.leave.T(dy)
-        dx = self.expand.T.start(kernels.of(x).matmul_transposed(whole, matrix(self.weight.data, self.rank)))
-        wgrad(self.backward_weight, x, whole, dy)  # hides the sum of dX
+        factor = self.products.gradient(self.leave.T(dy), self.weight)
+        dx = self.expand.T.start(self.products.backward(factor, self.weight, self.rank))
+        wgrad(self.backward_weight, x, factor, dy if self.bias is not None else None)  # hides the sum of dX
         return dx.wait().reshape(x.shape)
 
-    def backward_weight(self, x: Array, whole: Array, dy: Array) -> None:
-        """dW += X^T dY; db += sum of this rank's own dY."""
-        flat = matrix(x, x.ndim - self.rank, keep=True)
-        kernels.of(x).add_outer(matrix(self.weight.grad, self.rank), flat, whole)
+    def backward_weight(self, x: Array, factor: Any, dy: Array) -> None:
+        """dW += X^T dY, by what ``products`` multiplies for the whole dY; db += sum of this rank's own dY."""
+        k, flat = kernels.of(x), matrix(x, x.ndim - self.rank, keep=True)
+        if self.bias is not None and factor is dy:
+            k.add_outer_and_rows(matrix(self.weight.grad, self.rank), self.bias.grad, flat, dy)
+            return
+        self.products.add_outer(self.weight, self.rank, self.products.input(flat, again=True), factor)
         if self.bias is not None:
-            kernels.of(dy).add_rows(self.bias.grad, dy)
+            k.add_rows(self.bias.grad, dy)
 
 
 class ParallelHead(Module):
@@ -167,9 +183,3 @@ class ParallelHead(Module):
 def _bias(weight: str) -> str:
     """The name of the bias that goes with a weight: ``bias`` with ``weight``, else ``query_bias`` with ``query``."""
     return "bias" if weight == "weight" else f"{weight}_bias"
-
-
-def matrix(x: Array, axes: int, keep: bool = False) -> Array:
-    """``x`` with its first ``axes`` axes made one (or kept as they are) and the rest made one; sizes may be zero."""
-    columns = math.prod(x.shape[axes:])
-    return x.reshape(*x.shape[:axes], columns) if keep else x.reshape(math.prod(x.shape[:axes]), columns)

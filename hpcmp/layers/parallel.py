@@ -12,10 +12,12 @@ from ..collectives import AllGather, AllReduce, Collective, Copy, ReduceScatter
 from ..comm.base import Communicator, Solo
 from ..cursor import Cursor
 from ..module import Index, Initial, Parameter
+from .products import Products
 
 
 class ModelParallel:
-    """The groups of a replica, the cursor, and whether activations between layers are sharded over the sequence.
+    """The groups of a replica, the cursor, what linears multiply with (``products``), and whether activations between
+    layers are sharded over the sequence.
 
     tp shares each layer's heads and columns, tp_y the inner axis of its weights (3-D tensor parallelism), ring and
     ulysses the positions of a sequence (context parallelism; cp is both together), ep the experts. ``ModelParallel()``
@@ -50,10 +52,12 @@ class ModelParallel:
         ulysses: Communicator | None = None,
         cp: Communicator | None = None,
         ep: Communicator | None = None,
+        products: Products | None = None,
     ) -> None:
         self.tp, self.tp_y, self.ep = tp or Solo(), tp_y or Solo(), ep or Solo()
         self.ring, self.ulysses, self.cp = ring or Solo(), ulysses or Solo(), cp or Solo()
         self.cursor = cursor or Cursor()
+        self.products = products or Products()
         self.sequence = sequence
         self._context: tuple[int, NDArray[np.int64]] | None = None  # the last one, and its sequence's length
         self.enter: Collective = AllGather(self.tp, 0, self.length) if sequence else Copy(self.tp)

@@ -15,6 +15,7 @@ from ..layers.attention import Heads, Rope, attention_core
 from ..layers.dropout import Dropout
 from ..layers.embedding import LearnedPositions, VocabularyParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
+from ..layers.mlp import fuse
 from ..layers.moe import MixtureOfExperts
 from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.parallel import ModelParallel
@@ -73,8 +74,9 @@ def build(
 
     tokens (S, batch) integers; activations (s, batch, hidden); logits (S, batch, this rank's vocabulary rows).
     Parameters have the same names, shapes and initial values on every layout; they have no arrays yet (see
-    ``Module.initialise``). wrap: what becomes of each block, and its number, such as its recomputation. table: the
-    embedding's table, where another stage on this rank has it already and weights are tied.
+    ``Module.initialise``). wrap: what becomes of each block, and its number, such as its recomputation, in place of
+    ``layers.mlp.fuse``. table: the embedding's table, where another stage on this rank has it already and weights are
+    tied.
     """
     parallel, stage = parallel or ModelParallel(), stage or Stage()
     layers: dict[str, Module] = {}
@@ -86,7 +88,7 @@ def build(
         layers["dropout"] = Dropout(parallel, a.hidden, a.dropout, "embedding/dropout")
     for i in stage.blocks(a.layers):
         made = block(a, parallel, f"blocks/{i}", experts=a.has_experts(i))
-        layers[f"blocks/{i}"] = wrap(made, i) if wrap else made
+        layers[f"blocks/{i}"] = wrap(made, i) if wrap else fuse(made)
     if stage.last:
         layers["norm"] = _norm(a, parallel)
         layers["head"] = ParallelHead(parallel, table if a.tied else _table(a, parallel, "head/table"))
@@ -130,8 +132,7 @@ def _attention(a: Architecture, parallel: ModelParallel, name: str) -> dict[str,
     layers["out"] = RowParallelLinear(
         parallel, (a.heads, a.head_size), a.hidden, bias=a.bias, initial=normal(a.leaving_std)
     )
-    layers["dropout"] = Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout")
-    return layers
+    return layers | _dropout(a, parallel, name)
 
 
 def _mlp(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Module]:
@@ -141,7 +142,7 @@ def _mlp(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Modul
         "up": ColumnParallelLinear(parallel, a.hidden, {"weight": up}, bias=a.bias, initial=normal(a.init_std)),
         "activation": SwiGLU() if a.style == "llama" else GELU(),
         "down": RowParallelLinear(parallel, (a.ffn,), a.hidden, bias=a.bias, initial=normal(a.leaving_std)),
-        "dropout": Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout"),
+        **_dropout(a, parallel, name),
     }
 
 
@@ -166,8 +167,13 @@ def _experts(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, M
     return {
         "norm": _norm(a, parallel),
         "mixture": mixture,
-        "dropout": Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout"),
+        **_dropout(a, parallel, name),
     }
+
+
+def _dropout(a: Architecture, parallel: ModelParallel, name: str) -> dict[str, Module]:
+    """None without a rate: the layer before then adds what a residual passes by."""
+    return {"dropout": Dropout(parallel, a.hidden, a.dropout, f"{name}/dropout")} if a.dropout else {}
 
 
 def _norm(a: Architecture, parallel: ModelParallel) -> Module:

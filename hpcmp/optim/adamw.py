@@ -18,6 +18,7 @@ class AdamW(Optimizer):
     """
 
     kinds = ("m", "v")
+    late = True
 
     def __init__(
         self, buckets: Buckets, *, betas: tuple[float, float] = (0.9, 0.95), epsilon: float = 1e-8, **settings: Any
@@ -25,11 +26,11 @@ class AdamW(Optimizer):
         self.betas, self.epsilon = betas, epsilon
         super().__init__(buckets, **settings)
 
-    def update(self, rate: float, grad_scale: float) -> None:
+    def update(self, rate: float, grad_scale: float | Array) -> None:
         for bucket, state in self.resident():
             self.step_bucket(bucket, state, rate, grad_scale)
 
-    def step_bucket(self, bucket: Bucket, state: dict[str, Array], rate: float, grad_scale: float) -> None:
+    def step_bucket(self, bucket: Bucket, state: dict[str, Array], rate: float, grad_scale: float | Array) -> None:
         """AdamW's step of one bucket."""
         kernels.of(bucket.master).adamw(
             bucket.master,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .. import kernels
+from ..arrays import module_for
 from ..comm.mesh import Mesh
 from ..parallel.buckets import Buckets
 from .adamw import AdamW
@@ -21,14 +20,18 @@ class LAMB(AdamW):
     zero, and for parameters that do not decay (norms and biases), the ratio is 1.
     """
 
+    late = False  # ``adam_update`` takes the factor of the gradient as a number
+
     def __init__(self, buckets: Buckets, **settings: Any) -> None:
         super().__init__(buckets, **settings)
         self.parts = [list(parts(bucket)) for bucket in buckets.buckets]
         mine = {(part.parameter.name, part.matrix) for some in self.parts for part in some}
         self.numbers = {key: i for i, key in enumerate(sorted(set().union(*buckets.mesh.gather_objects(mine))))}
 
-    def update(self, rate: float, grad_scale: float) -> None:
-        squares, directions = np.zeros((2, len(self.numbers))), []
+    def update(self, rate: float, grad_scale: Any) -> None:
+        mesh, buckets = self.buckets.mesh, self.buckets.buckets
+        xp = buckets[0].xp if buckets else module_for(mesh.device)
+        squares, directions = xp.zeros((2, len(self.numbers))), []  # where the weights are: the host waits for none
         for (bucket, state), some in zip(self.resident(), self.parts, strict=True):
             k = kernels.of(bucket.master)
             u = k.adam_update(
@@ -44,13 +47,14 @@ class LAMB(AdamW):
             directions.append(u)
             for part in some:
                 if part.owned is not None and bucket.decay:
-                    number = self.numbers[part.parameter.name, part.matrix]
-                    squares[0, number] += k.square_sum(part.view(bucket.master)[part.owned])
-                    squares[1, number] += k.square_sum(part.view(u)[part.owned])
-        weights, lengths = np.sqrt(self.buckets.mesh[Mesh.axes].all_reduce(squares).wait())
+                    at = self.numbers[part.parameter.name, part.matrix]
+                    for row, x in zip(squares, (bucket.master, u), strict=True):
+                        k.add_square_sum(row[at : at + 1], part.view(x)[part.owned])
+        weights, lengths = xp.sqrt(mesh[Mesh.axes].all_reduce(squares).wait())
         good = (weights > 0) & (lengths > 0)
-        ratios = np.where(good, weights / np.where(good, lengths, 1), 1.0)
-        for bucket, u, some in zip(self.buckets.buckets, directions, self.parts, strict=True):
+        rates = rate * xp.where(good, weights / xp.where(good, lengths, 1), 1.0)
+        for bucket, u, some in zip(buckets, directions, self.parts, strict=True):
+            narrow = rates.astype(bucket.master.dtype)
             for part in some:
-                number = self.numbers[part.parameter.name, part.matrix]
-                bucket.master[part.place] -= rate * float(ratios[number]) * u[part.place]
+                at = self.numbers[part.parameter.name, part.matrix]
+                bucket.master[part.place] -= narrow[at] * u[part.place]

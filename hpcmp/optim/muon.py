@@ -25,6 +25,7 @@ class Muon(AdamW):
     """
 
     round_size = 1 << 24
+    late = False  # ``nesterov`` takes the factor of the gradient as a number
 
     def __init__(self, buckets: Buckets, *, momentum: float = 0.95, **settings: Any) -> None:
         self.momentum = momentum
@@ -35,7 +36,7 @@ class Muon(AdamW):
     def kinds_of(self, bucket: Bucket) -> tuple[str, ...]:
         return ("m",) if bucket.parameters[0].matrix else self.kinds
 
-    def update(self, rate: float, grad_scale: float) -> None:
+    def update(self, rate: float, grad_scale: Any) -> None:
         ahead = {}
         for bucket, state in self.resident():
             if bucket.parameters[0].matrix:

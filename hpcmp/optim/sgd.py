@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import kernels
+from ..arrays import Array
 from ..parallel.buckets import Buckets
 from .base import Optimizer
 
@@ -13,12 +14,13 @@ class SGD(Optimizer):
     """m <- momentum m + g, w <- w - rate (m + decay w). Polyak, 1964; see ``kernels.update.sgd``."""
 
     kinds = ("m",)
+    late = True
 
     def __init__(self, buckets: Buckets, *, momentum: float = 0.9, **settings: Any) -> None:
         self.momentum = momentum
         super().__init__(buckets, **settings)
 
-    def update(self, rate: float, grad_scale: float) -> None:
+    def update(self, rate: float, grad_scale: float | Array) -> None:
         for bucket, state in self.resident():
             kernels.of(bucket.master).sgd(
                 bucket.master,

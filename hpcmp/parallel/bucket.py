@@ -170,6 +170,8 @@ class Bucket:
         if self.zero == 3:
             self.drop()
             return
+        for p in self.parameters:
+            p.version += 1
         here = self.part(self.data)
         if not (self.view or self._rounded):
             kernels.of(self.master).assign(here, self.master)
@@ -204,3 +206,5 @@ class Bucket:
         views = [None] * len(self.parameters) if flat is None else self.views(flat)
         for p, view in zip(self.parameters, views, strict=True):
             setattr(p, kind, view)
+            if kind == "data":
+                p.derived = None

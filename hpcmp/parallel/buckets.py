@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import kernels
-from ..arrays import to_host, wide
+from ..arrays import Array, to_host, wide
 from ..comm.mesh import Mesh
 from ..module import Module, Parameter
 from .bucket import Bucket as Bucket
@@ -139,11 +139,16 @@ class Buckets:
     def norm(self) -> float:
         """The 2-norm of the whole model's gradient, each element counted once, whatever the layout; every rank gets it.
 
-        norm^2 = sum over ranks of sum over owned g^2 of the shard, in float64; of copies of a shard the first counts.
-        Collective over the mesh.
+        norm^2 = sum over ranks of what ``add_squares`` adds, in float64. The host waits. Collective over the mesh.
         """
         xp = self.buckets[0].xp if self.buckets else np
-        total = xp.zeros(1)  # where the gradients are, so that the host waits once, for the sum
+        total = xp.zeros(1)
+        self.add_squares(total)
+        return math.sqrt(float(self.mesh[Mesh.axes].all_reduce(to_host(total)).wait()[0]))
+
+    def add_squares(self, total: Array) -> None:
+        """Add to ``total`` (1,), float64, where the gradients are, the sum over owned g^2 of the shard; of copies of a
+        shard the first counts. Nothing waits for it."""
         for bucket in self.buckets:
             if bucket.replicas.rank:
                 continue
@@ -154,7 +159,6 @@ class Buckets:
                 pieces = (piece.cut(bucket.grad[piece.place], piece.parameter.owned) for piece in bucket.pieces())
                 for _, part in (pair for parts in pieces for pair in parts):
                     add_square_sum(total, part)
-        return math.sqrt(float(self.mesh[Mesh.axes].all_reduce(to_host(total)).wait()[0]))
 
     def bytes(self) -> dict[str, int]:
         """What this rank holds in ``parameters`` (weights that layers use), ``gradients`` and ``master`` weights that

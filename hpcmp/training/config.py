@@ -49,10 +49,19 @@ class Config:
         ``layout.dp`` and ``model.vocabulary`` are filled in if ``ranks`` and ``vocabulary`` are given, else left alone.
         Idempotent. Raises InputError naming the keys that do not fit.
         """
-        train = fill(self.train, loss_scale=65536.0 if self.train.dtype == "float16" else 1.0)
+        train = fill(
+            self.train,
+            loss_scale=65536.0 if self.train.dtype == "float16" else 1.0,
+            ahead=int(self.train.device == "cuda" and _may_run_ahead(self)),
+        )
+        if train.ahead and not _may_run_ahead(self):
+            why = f'optimizer.name = "{self.optimizer.name}", train.dtype = "{train.dtype}"'
+            raise InputError(f"train.ahead = 1: the host decides about each step ({why}); train.ahead = 0 would fit")
         run = fill(self.run, directory="runs/unnamed")
         if train.microbatch is not None and train.microbatch > train.batch:
             raise InputError(f"train.microbatch = {train.microbatch} is more than train.batch = {train.batch}")
+        if train.fp8 != "none" and train.dtype == "float64":
+            raise InputError(f'train.fp8 = "{train.fp8}" does not go with train.dtype = "float64"; the others do')
         if self.communication.backend == "nccl" and train.device != "cuda":
             raise InputError('communication.backend = "nccl" needs train.device = "cuda"')
         c = self.checkpoint
@@ -65,6 +74,8 @@ class Config:
             raise InputError(f"train.spares = {train.spares} needs train.recover = true")
         self.layout.blocks(self.model.layers)
         _check_experts(self.model, self.layout)
+        if train.cuda_graphs:
+            _check_graphs(self)
         return dataclasses.replace(
             self,
             model=fill(self.model, vocabulary=vocabulary).resolved(),
@@ -98,6 +109,11 @@ class Config:
 SECTIONS: dict[str, type[Section]] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
 
 
+def _may_run_ahead(config: Config) -> bool:
+    """Whether no step depends on what the host knows of the one before."""
+    return config.optimizer.name in ("adamw", "sgd") and config.train.dtype != "float16"
+
+
 def _recoverable(config: Config) -> Communication:
     """The communication of a run that outlives its ranks: all of it must notice that one has died. Raises InputError
     for what does not."""
@@ -122,6 +138,28 @@ def _check_experts(model: Model, layout: Layout) -> None:
             f"layout.tp_y = {layout.tp_y} does not cut experts (model.experts = {model.experts}); "
             f"tp_y=1,tp={layout.tp * layout.tp_y} would fit"
         )
+
+
+def _check_graphs(config: Config) -> None:
+    """Raise InputError for what a CUDA graph cannot hold: it launches the same work, on the same memory, each time."""
+    layout, model = config.layout, config.model
+    refused = {
+        'train.device = "cpu"': (config.train.device == "cpu", "which has none"),
+        **{
+            f"layout.{axis} = {getattr(layout, axis)}": (getattr(layout, axis) > 1, "whose blocks communicate")
+            for axis in ("tp", "tp_y", "tp_z", "cp")
+        },
+        f"layout.zero = {layout.zero}": (layout.zero > 1, "whose weights or gradients come and go; 1 would fit"),
+        f'layout.offload = "{layout.offload}"': (
+            layout.offload in ("activations", "both"),
+            'which copies what a block keeps; "optimizer" would fit',
+        ),
+        f"model.experts = {model.experts}": (model.experts > 0, "whose tokens the host counts"),
+        f"model.dropout = {model.dropout}": (model.dropout > 0, "whose masks are others in each step"),
+    }
+    for what, (found, why) in refused.items():
+        if found:
+            raise InputError(f"train.cuda_graphs = true does not go with {what}, {why}")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +11,14 @@ from numpy.typing import NDArray
 
 from .. import kernels, partition
 from ..arrays import Array, dtype_of, module_for, to_host
+from ..captured import Captured, Graphs, chain
 from ..comm.base import Communicator
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..kernels import blas
+from ..layers.fp8 import Fp8
 from ..layers.loss import VocabularyParallelCrossEntropy
-from ..layers.moe.router import LOSSES
+from ..layers.mlp import fuse
 from ..layers.parallel import ModelParallel
 from ..models.architecture import Architecture
 from ..models.transformer import Stage, build_stages
@@ -31,9 +31,10 @@ from ..parallel.pipeline import Microbatch, Pipeline
 from ..parallel.schedules import Schedule
 from ..process import keep_memory
 from ..recompute import recompute
-from . import nonfinite
 from .config import Config, Layout
 from .measure import measure, measured_stages
+from .outcome import Result as Result
+from .outcome import Running, summed
 from .phases import Phases
 from .scaler import LossScale
 
@@ -41,26 +42,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a step did, the same on every rank: the mean loss in nats a token, the gradient's norm before clipping, the
-    learning rate, whether any rank asked to stop, and whether the step was skipped since float16 overflowed; whether
-    any rank asked for a word of all; and if the loss or norm is not finite for another reason, which and where: nothing
-    was changed then.
-
-    Of the routers of experts, means over their layers, no part of ``loss``: their losses ``balance`` and ``z``, before
-    their weights, and ``dropped``, the share of the choices that were beyond the capacity; zero without experts."""
-
-    loss: float
-    norm: float
-    rate: float
-    stop: bool
-    skipped: bool = False
-    balance: float = 0.0
-    z: float = 0.0
-    dropped: float = 0.0
-    tell: bool = False
-    trouble: str = ""
+#: The axes whose ranks share the layers of one of them: all but ``pp``.
+LAYERS = tuple(axis for axis in Mesh.axes if axis != "pp")
 
 
 class Engine:
@@ -92,12 +75,17 @@ class Engine:
         )
         pp = mesh["pp"]
         self.dtype, self.host = dtype_of(train.dtype), Host(self.xp)
+        self.graphs = Graphs() if train.cuda_graphs else None
         self.loss_scale = LossScale(train.loss_scale, window=train.loss_scale_window, dynamic=train.dtype == "float16")
         schedule = layout.pipeline()
         if layout.stages == "measured":
             self.config, layout = self._measure(schedule.stages(pp.size))
+        if train.fp8 != "none":
+            self.parallel.products = Fp8(mesh[LAYERS], self.xp, delayed=train.fp8 == "delayed")
         places = stages_of(schedule, pp, layout.blocks(self.architecture.layers))
         self.stages = build_stages(self.architecture, self.parallel, places, wrap=self._wrap)
+        for stage in self.stages:
+            chain(stage)
         size = layout.bucket_mb * 2**20
         self.buckets = Buckets(self.stages, mesh, zero=layout.zero, size=size, dtype=self.dtype, xp=self.xp)
         self.buckets.initialise(train.seed)
@@ -105,6 +93,7 @@ class Engine:
         settings = {key: getattr(o, key) for key in ("weight_decay", "clip", "betas", "epsilon", "momentum")}
         host = self.host if layout.offload in ("optimizer", "both") else None
         self.optimizer = make_optimizer(o.name, self.buckets, host=host, **settings)
+        self.factor = self.xp.ones(1)  # of the gradient: see ``kernels.update.clip_factor``
         loss = VocabularyParallelCrossEntropy(self.parallel, self.architecture.vocabulary)
         self.pipeline = Pipeline(
             self.stages, loss, pp, schedule, self.cursor, self._shape, self.xp.empty(0, self.dtype)
@@ -138,53 +127,64 @@ class Engine:
         inputs, targets: (S, samples) integers; samples: each one's index within the global batch. The loss is the mean
         over all positions of the global batch, the gradient that of this mean. Collective over the mesh.
         """
+        return self.begin(step, inputs, targets, samples, stop=stop, tell=tell).result()
+
+    def begin(
+        self, step: int, inputs: Array, targets: Array, samples: Array, *, stop: bool = False, tell: bool = False
+    ) -> Running:
+        """Queue a step, as ``step`` takes it. On a GPU the host waits for nothing, but for MPI where that moves device
+        arrays, for the counts of experts' tokens, and for an optimizer that is not ``late``.
+
+        A second step may be begun before the first one's result is asked for, if the optimizer is ``late`` and there is
+        no dynamic loss scale, which decide by it.
+        """
         o = self.config.optimizer
-        scale = 1 / (self.config.train.batch * inputs.shape[0])
-        self.phases.steps += 1
         with self.phases("compute"):
-            mine = self._gradient(step, inputs, targets, samples) * scale
-            routers = [self.cursor.losses.get(name, 0.0) for name in LOSSES]
-            loss, stops, tells, balance, z, choices, dropped = self._sum(mine, float(stop), float(tell), *routers)
+            loss = self.gradient(step, inputs, targets, samples) * self.weight(inputs)
+            asked = [name for name, wanted in (("stop", stop), ("tell", tell)) if wanted]
+            sums = summed(self, loss, asked)
         assert o.warmup is not None and o.decay_steps is not None  # a resolved configuration
         rate = warmup_cosine(step, peak=o.learning_rate, warmup=o.warmup, total=o.decay_steps, final=o.final)
         with self.phases("checkpoint"):
             self.before_update()
         with self.phases("optimizer"):
-            if math.isfinite(loss):
-                norm = self.optimizer.step(rate, scale=self.loss_scale.scale)
-            else:
-                norm = self.buckets.norm() / self.loss_scale.scale
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        skipped, trouble = self.loss_scale.update(finite), ""
-        if not (finite or skipped):
-            where = nonfinite.find(self, mine, lambda: self._gradient(step, inputs, targets, samples))
-            trouble = f"loss {loss}, gradient norm {norm}; {where}"
-        mean = scale / max(1, self.architecture.expert_layers)
-        dropped /= max(1, choices)
-        return Result(loss, norm, rate, stops > 0, skipped, balance * mean, z * mean, dropped, tells > 0, trouble)
+            kernels.of(sums).clip_factor(sums, self.factor, clip=self.optimizer.clip, scale=self.loss_scale.scale)
+            self.optimizer.apply(rate, self.factor)
+            self.parallel.products.advance(self.factor)
+        return Running(self, step, (inputs, targets, samples), rate, loss, sums)
 
-    def _gradient(self, step: int, inputs: Array, targets: Array, samples: Array) -> float:
-        """Leave the gradient of the global batch in the buckets; returns this rank's part of the sum of losses."""
+    def gradient(self, step: int, inputs: Array, targets: Array, samples: Array) -> Array:
+        """Leave the gradient of the global batch in the buckets; returns this rank's part of the sum of losses, a
+        number: only the last stage has one, its tensor-parallel ranks the same."""
         self.buckets.zero()
+        self.parallel.products.begin()
         self.cursor.losses.clear()
-        weight = self.loss_scale.scale * (1 / (self.config.train.batch * inputs.shape[0]))
+        weight = self.loss_scale.scale * self.weight(inputs)
         quiet: Any = "ignore" if self.loss_scale.dynamic else None  # an overflow is no news: the norm tells
         with np.errstate(over=quiet, invalid=quiet):
             total = self.pipeline.step(self._cut(step, inputs, targets, samples, weight), weight, self.buckets)
         self.buckets.finish()
         return self._mine(total)
 
+    def weight(self, inputs: NDArray[Any]) -> float:
+        """What a position's loss weighs in that of the global batch, all of whose samples are as long as ``inputs``."""
+        return 1 / (self.config.train.batch * len(inputs))
+
     def evaluate(self, inputs: NDArray[Any], targets: NDArray[Any], samples: NDArray[np.int64], batch: int) -> float:
         """The mean loss over a global batch of ``batch`` samples, without dropout and without a gradient."""
         largest = -(-batch // self.mesh["dp", "tp_z"].size)
-        total = self.pipeline.evaluate(self._cut(0, inputs, targets, samples, None, largest))
-        return self._sum(self._mine(total) / (batch * inputs.shape[0]))[0]
+        self.parallel.products.begin()
+        total = self._mine(self.pipeline.evaluate(self._cut(0, inputs, targets, samples, None, largest)))
+        mine = float(to_host(total)) / (batch * inputs.shape[0])
+        return float(self.mesh[Mesh.axes].all_reduce(np.array([mine])).wait()[0])
 
     def _wrap(self, block: Sequential, i: int) -> Module:
         """What the layout makes of block ``i``."""
         layout = self.config.layout
-        made = recompute(block, layout.recompute if (i + 1) % layout.recompute_every == 0 else "none")
-        return Offload(made, self.host) if layout.offload in ("activations", "both") else made
+        kind = layout.recompute if (i + 1) % layout.recompute_every == 0 else "none"
+        made = recompute(block if kind == "activations" else fuse(block), kind)
+        made = Offload(made, self.host) if layout.offload in ("activations", "both") else made
+        return Captured(made, self.graphs) if self.graphs is not None else made
 
     def _measure(self, stages: int) -> tuple[Config, Layout]:
         """The configuration, and its layout, with measured numbers of blocks."""
@@ -203,13 +203,8 @@ class Engine:
         layout = dataclasses.replace(self.config.layout, stages=measured_stages(self.mesh, stages, costs))
         return dataclasses.replace(self.config, layout=layout), layout
 
-    def _sum(self, *values: float) -> list[float]:
-        """Sums over all ranks, the same on every one."""
-        return [float(v) for v in self.mesh[Mesh.axes].all_reduce(np.array(values)).wait()]
-
-    def _mine(self, total: Any) -> float:
-        """This rank's part of the sum of losses: only the last stage has one, its tensor-parallel ranks the same."""
-        return float(to_host(total)) if self.mesh["tp", "tp_y"].rank == 0 else 0.0
+    def _mine(self, total: Array) -> Array:
+        return total if self.mesh["tp", "tp_y"].rank == 0 else 0.0
 
     def _cut(
         self,

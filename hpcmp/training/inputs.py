@@ -36,6 +36,8 @@ class Inputs:
         if windows > 0:
             batch = min(windows, batch)
             self.held_out = Batches(valid, Sampler.over(valid, sequence, seed), batch, replicas.part(batch))
+        elif config.checkpoint.keep_best:
+            raise InputError("checkpoint.keep_best: data.path holds out less than a sample of model.sequence tokens")
 
     def close(self) -> None:
         """Close the file."""

@@ -45,6 +45,7 @@ class Limits:
         self._first_save = 0.0
         self._turn: float | None = None  # when the step before this one began
         self._held, self._turns, self._step = 0.0, 0, 0.0
+        self._ahead = config.train.ahead
         if self.mesh.rank != 0:
             return
         if config.train.requeue and self.command is None:
@@ -69,7 +70,8 @@ class Limits:
         if self._turn is not None:
             self._turns += 1
             took = now - self._turn - (self.saving.held - self._held)
-            self._step = took if self._turns <= 2 else max(self._step, took)  # the first one compiles
+            first = self._turns <= 2 + self._ahead  # which compiles
+            self._step = took if first else max(self._step, took)
         self._turn, self._held = now, self.saving.held
         minutes = self.config.train.minutes
         if minutes is not None and now - self._start > 60 * minutes:
@@ -87,11 +89,13 @@ class Limits:
         return self.saving.slowest or self._first_save
 
     def needed(self, step: int) -> float:
-        """The seconds that it takes if step ``step`` is not the last one: it, the one after it, and the end of the run.
+        """The seconds that it takes if step ``step`` is not the last one: it, the one after it, and the end of
+        the run; with ``train.ahead`` what is left of the one before, too.
         Saves before the last one count: one that runs behind the steps, and one that is due between the two."""
         every = self.config.checkpoint.every
         saves = 1 + (self.saving.saver.running is not None) + (every is not None and (step + 1) % every == 0)
-        return self.config.train.margin + 2 * self._step + saves * self.save_seconds
+        steps = 2 + self._ahead  # with ``train.ahead`` the step before this one may still be under way
+        return self.config.train.margin + steps * self._step + saves * self.save_seconds
 
     def again(self, step: int, wanted: bool) -> Again:
         """What is to follow the end of the run after ``step`` steps, its last checkpoint being saved; collective.

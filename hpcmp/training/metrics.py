@@ -52,7 +52,7 @@ def greet(engine: Engine) -> None:
     )
     if mesh.size > 1:
         log.info("%s", mesh.describe())
-    if advice := mesh.advice():
+    for advice in filter(None, (mesh.advice(), engine.parallel.products.advice())):
         log.warning("%s", advice)
 
 
@@ -61,7 +61,7 @@ class Progress:
 
     def __init__(self, steps: int, tokens: int, flops: float, peak: float, seconds: float, start: int) -> None:
         self.steps, self.tokens, self.flops, self.peak, self.seconds = steps, tokens, flops, peak, seconds
-        self.began = self.said = time.perf_counter()
+        self.began = self.said = self._asked = time.perf_counter()
         self.first = self.last = start
 
     def rates(self, steps: int, seconds: float) -> tuple[float, float]:
@@ -70,8 +70,12 @@ class Progress:
         return per_second, per_second * self.flops / self.peak if self.peak else 0.0
 
     def due(self, step: int) -> bool:
-        """Whether it is time for a line after ``step`` steps."""
-        return time.perf_counter() - self.said >= self.seconds or step == self.steps
+        """Whether it is time for a line after ``step`` steps; asked once for each, before it is taken."""
+        now = time.perf_counter()
+        due = now - max(self._asked, self.said) >= self.seconds or step == self.steps
+        if due:  # the step before may still be under way, and so the line that was asked for
+            self._asked = now
+        return due
 
     def tell(self, step: int, loss: float, norm: float) -> None:
         """Say how it goes; ``step`` steps are done."""

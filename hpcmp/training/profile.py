@@ -81,6 +81,11 @@ class Profile:
         self.first = done + self.skipped
         self.summary: dict[str, Any] | None = None
 
+    @property
+    def alone(self) -> range:
+        """The steps that must not be begun while the one before is under way: so that each range has its whole step."""
+        return range(self.first, self.first + self.steps + 1) if self.steps else range(0)
+
     def over(self, results: Iterable[T]) -> Iterator[T]:
         """``results`` of steps, each of which is taken when it is asked for. Collective over the mesh."""
         taken, xp = iter(results), self.engine.xp

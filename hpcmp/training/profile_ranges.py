@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..captured import Captured
 from ..module import Module, Parameter
 
 if TYPE_CHECKING:
@@ -125,14 +126,15 @@ class Named(Module):
 
 def layers(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
     """(path, module) of all that lies in ``module``, from the outside in; of several modules under one path, such as a
-    block and what gathers its weights, the outermost."""
+    block and what gathers its weights, the outermost; nothing in what is captured, of which only the whole runs."""
     for name, item in module.members():
         if isinstance(item, Parameter):
             continue
         where = "/".join(part for part in (path, name) if part)
         if where != path:
             yield where, item
-        yield from layers(item, where)
+        if not isinstance(item, Captured):
+            yield from layers(item, where)
 
 
 @contextmanager

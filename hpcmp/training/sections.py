@@ -93,14 +93,25 @@ class Train(Section):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = option(
         "float32", "numbers of weights and activations; with 16 bits, gradients and master weights are float32"
     )
+    fp8: Literal["none", "current", "delayed"] = option(
+        "none", "linears multiply in FP8, scaled by what is at hand (`current`) or the last steps (docs/precision.md)"
+    )
     loss_scale: float = derived("65536 for float16, else 1", "factor of the loss in the backward", POSITIVE)
     loss_scale_window: int = option(2000, "with float16: good steps after which `loss_scale` doubles", SIZE)
     device: Literal["cpu", "cuda"] = option("cpu", "where arrays live")
+    ahead: int = derived(
+        "1 on GPUs with `adamw` or `sgd`, but not with float16; else 0",
+        "steps that are queued before the result of the one before is known: a GPU then never waits for the host",
+        "[0, 1]",
+    )
     blas: Literal["auto", "mkl", "openblas", "blis", "numpy"] = option(
         "auto", "library of matrix products on the CPU; `auto`: MKL if it is there and the CPU is Intel's, else NumPy's"
     )
     kernels: Literal["auto", "reference"] = option(
         "auto", "loops on the CPU; `auto`: compiled by Numba where it is installed; `reference`: NumPy's"
+    )
+    cuda_graphs: bool = option(
+        False, "replay the launches of each block, captured once; for a CPU that is slower than its GPU (docs/gpu.md)"
     )
     minutes: float | None = option(None, "save and stop after so long", POSITIVE)
     nan: Literal["stop", "skip"] = option("stop", "what a step does whose loss or gradient is not finite")

@@ -13,7 +13,7 @@ from ..checkpoint.agree import agreed
 from ..errors import CheckpointError, InputError
 from ..parallel.pieces import Piece
 from .config import Config
-from .engine import Engine
+from .engine import LAYERS, Engine
 
 log = logging.getLogger("hpcmp")
 
@@ -41,6 +41,8 @@ def save_slabs(engine: Engine, tokenizer: str) -> Iterator[Slab]:
         p = piece.parameter
         if i % copies[id(p)].size == copies[id(p)].rank:
             yield from (Slab(name, p.shape, index, part) for index, part in piece.cut(array, p.owned))
+    if engine.mesh[LAYERS].rank == 0:
+        yield from _magnitudes(engine)
     if engine.mesh.rank == 0:
         text = np.frombuffer(tokenizer.encode(), np.uint8)
         yield Slab("tokenizer", text.shape, (slice(0, text.size),), text)
@@ -57,6 +59,14 @@ def load_slabs(engine: Engine, *, states: bool = True) -> list[Slab]:
     ]
 
 
+def _magnitudes(engine: Engine) -> list[Slab]:
+    """What the linears keep from step to step, the same on all ranks that share them."""
+    return [
+        Slab(name, array.shape, tuple(slice(0, n) for n in array.shape), array)
+        for name, array in engine.parallel.products.state()
+    ]
+
+
 def resume(checkpoint: Checkpoint, engine: Engine, config: Config) -> None:
     """Give ``engine`` the weights, optimizer states and loss scale of a checkpoint of any layout and precision.
 
@@ -66,8 +76,11 @@ def resume(checkpoint: Checkpoint, engine: Engine, config: Config) -> None:
     """
     then = config_of(checkpoint)
     same = then.optimizer.name == config.optimizer.name
-    checkpoint.load(load_slabs(engine, states=same))
+    magnitudes = _magnitudes(engine)
+    complete = all(slab.name in checkpoint.tensors for slab in magnitudes)  # else written without delayed FP8
+    checkpoint.load([*load_slabs(engine, states=same), *(magnitudes if complete else ())])
     engine.buckets.publish()
+    engine.parallel.products.loaded(complete)
     if same:
         engine.optimizer.steps = checkpoint.state["optimizer_steps"]
     elif engine.mesh.rank == 0:
@@ -80,6 +93,7 @@ def resume(checkpoint: Checkpoint, engine: Engine, config: Config) -> None:
 def begin_anew(engine: Engine) -> None:
     """Give ``engine`` the state of a run that has not begun, whatever was loaded into a part of it. Collective."""
     engine.buckets.initialise(engine.config.train.seed)
+    engine.parallel.products.loaded(False)
     for _, _, array in engine.optimizer.state():
         array[...] = 0
 

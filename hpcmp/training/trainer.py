@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
 from ..checkpoint import checkpoints, tier
 from ..checkpoint.agree import agreed
 from ..errors import HpcmpError, InputError
+from .ahead import Ahead, pauses
 from .alike import check_alike, check_data
 from .config import Config
 from .directories import Directories
 from .engine import Engine, Result, mesh_for
+from .held_out import HeldOut
 from .inputs import Inputs
 from .limits import Limits
 from .manifest import begin, end
@@ -35,13 +35,12 @@ from .ranklogs import RankLog
 from .replicas import ReplicaError, check_replicas
 from .saving import Saving
 from .state import load_initial
+from .stopping import Stop
 from .telling import Telling
 from .watchdog import failed, watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-log = logging.getLogger("hpcmp")
 
 
 class Trainer:
@@ -73,7 +72,7 @@ class Trainer:
         check_alike(config, comm)
         self.config = config.resolved(ranks=1 if comm is None else comm.size)
         self.mesh = mesh_for(self.config, comm)
-        with self._agreed():
+        with agreed(self.mesh, lambda who, why: InputError(f"{who}{why}")):
             self.inputs = Inputs(self.config, self.mesh)
             self._opened.callback(self.inputs.close)
             self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
@@ -100,11 +99,10 @@ class Trainer:
         self.engine = Engine(self.config, self.mesh)
         self.config = self.engine.config
         self.step = 0
-        self.reason = "finished"
-        self._stop = self._final = False
+        self.stop = Stop()
         self.saving = Saving(self.engine, self.inputs, self.config, self.checkpoints, self.metrics)
         self._opened.callback(self.saving.abandon)
-        self._evaluated: tuple[int, float] | None = None
+        self.held_out = HeldOut(self.engine, self.inputs.held_out, self.metrics)
         self.run = self.mesh.gather_objects(secrets.token_hex(8))[0]
         self.saving.facts = self._facts
         resumed = self.saving.resume() if self.config.checkpoint.resume else None
@@ -118,6 +116,9 @@ class Trainer:
         begin(self.config, self.mesh, self.inputs, self.directory, self.run, self.step)
         self.telling = Telling(self.engine, self.metrics, self.step)
         self.patience = Patience(train.nan, train.nan_limit)
+        self.ahead = Ahead(self.engine, self.inputs.train)
+        self._results: deque[Result] = deque()  # of steps that are done, to be given
+        self._ending, self._alone = False, range(0)  # _alone: steps that are begun when the one before is done
 
     @property
     def logs(self) -> bool:
@@ -149,24 +150,19 @@ class Trainer:
 
         requeue: with ``train.requeue`` the job is to be run again, unless somebody else asked to stop for good.
         """
-        self.reason, self._stop, self._final = reason, True, self._final or not requeue
+        self.stop.ask(reason, requeue)
 
     def __iter__(self) -> Iterator[Result]:
-        """Step to ``train.steps``, or until a stop is asked for; evaluate and save on the way as configured."""
-        c = self.config
-        while self.step < c.train.steps:
-            if reason := self.limits.over(self.step):
-                self.request_stop(reason, requeue=True)
-            if self.directories.lost:
-                self.request_stop(self.directories.lost)
-            start, phases = time.perf_counter(), self.engine.phases
-            with phases("data"):
-                batch = self.inputs.train.next()
-            result = self.engine.step(self.step, *batch, stop=self._stop, tell=self.telling.due(self.step + 1))
-            if error := self.patience.after(self.step, result):
-                self._end(error)
-            self.step += 1
-            self.telling.after(self.step, result, time.perf_counter() - start)
+        """Step to ``train.steps``, or until a stop is asked for; evaluate and save on the way as configured.
+
+        With ``train.ahead`` the step after the one whose result is given may be under way: ``engine`` may be a step
+        further than ``step`` says. ``save`` and ``evaluate`` wait for it, and are of the step that it was.
+        """
+        c, phases = self.config, self.engine.phases
+        while self._results or self.step < c.train.steps:
+            if not self._results:
+                self._take()
+            result = self._results.popleft()
             with phases("checkpoint"):
                 self.saving.poll()
                 if c.train.replica_check and self.step % c.train.replica_check == 0:
@@ -179,10 +175,45 @@ class Trainer:
                 elif c.checkpoint.local_every and self.step % c.checkpoint.local_every == 0:
                     self.saving.local(self.step)
             yield result
-            if result.stop:
-                self._agree()
+            if self._ending and not (len(self.ahead) or self._results):
+                self.stop.agree(self.mesh)
                 break
         self.saving.finish()
+
+    def _take(self) -> None:
+        """Take step ``self.step``; with ``train.ahead`` begin the next before that is there, if nothing is to come
+        between."""
+        if not len(self.ahead):
+            self._begin(self.step)
+        following = self.step + 1
+        if self.config.train.ahead:
+            self._ending = self.stop.asked_anywhere(self.mesh)
+            if not (self._ending or following in self._alone or pauses(self.config, following)):
+                self._begin(following)
+        self._complete()
+
+    def _begin(self, step: int) -> None:
+        """Begin step ``step``."""
+        if reason := self.limits.over(step):
+            self.request_stop(reason, requeue=True)
+        if self.directories.lost:
+            self.request_stop(self.directories.lost)
+        self.ahead.begin(step, stop=self.stop.asked, tell=self.telling.due(step + 1))
+
+    def _complete(self) -> None:
+        """Wait for the oldest step under way, and tell of it."""
+        result, seconds = self.ahead.result()
+        if error := self.patience.after(self.step, result):
+            self._end(error)
+        self.step += 1
+        self._ending = self._ending or result.stop
+        self.telling.after(self.step, result, seconds)
+        self._results.append(dataclasses.replace(result, stop=self._ending))
+
+    def _settle(self) -> None:
+        """Have no step under way."""
+        while len(self.ahead):
+            self._complete()
 
     def _check_replicas(self) -> None:
         try:
@@ -195,18 +226,13 @@ class Trainer:
         self.saving.finish()
         raise HpcmpError(f"{error}; {self.saving.last_known()}") from None
 
-    def _agree(self) -> None:
-        """Why the run stops: the reason of the first rank that asked for it; and whether it does so for good."""
-        reasons = self.mesh.gather_objects((self.reason, self._final) if self._stop else ("", False))
-        self.reason = next((reason for reason, _ in reasons if reason), "asked to stop")
-        self._final = any(final for _, final in reasons)
-
     def train(self, profile: int = 0) -> dict[str, Any]:
         """Run to the end, save, evaluate, and return the summary; take a profile of ``profile`` steps."""
         if self.logs:
             greet(self.engine)
         loss, first = math.nan, self.step
         profiled = Profile(self.engine, self.directory, profile, self.step, self.config.train.steps)
+        self._alone = profiled.alone
         for result in profiled.over(self):
             loss = result.loss
         finished = self.step >= self.config.train.steps
@@ -214,14 +240,14 @@ class Trainer:
         if self.saving.last is None or self.saving.last[0] != self.step:
             self.save()
         self.saving.forget_local()
-        again = self.limits.again(self.step, wanted=not (finished or self._final))
+        again = self.limits.again(self.step, wanted=not (finished or self.stop.final))
         seconds = time.perf_counter() - self.telling.progress.began
         per_second, share = self.telling.progress.rates(self.step - first, seconds)
         summary = {
             "step": self.step,
             "steps": self.config.train.steps,
             "finished": finished,
-            "reason": "finished" if finished else self.reason,
+            "reason": "finished" if finished else self.stop.reason,
             "requeue": again.command,
             "stuck": again.stuck,
             "loss": loss if math.isfinite(loss) else None,
@@ -242,26 +268,12 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """The mean loss over ``run.evaluate_samples`` held-out samples, in nats a token; None if there are none."""
-        held_out = self.inputs.held_out
-        if held_out is None:
-            return None
-        if self._evaluated is not None and self._evaluated[0] == self.step:
-            return self._evaluated[1]
-        batch = held_out.batch
-        losses = [
-            self.engine.evaluate(*data, batch=batch)
-            for data in held_out.held_out(max(1, self.config.run.evaluate_samples // batch))
-        ]
-        loss = float(np.mean(losses))
-        self._evaluated = self.step, loss
-        if self.logs:
-            tokens = self.step * self.telling.tokens
-            self.metrics.write({"step": self.step - 1, "tokens": tokens, "held_out": loss})
-            log.info("step %d/%d  held-out loss %.4f", self.step, self.config.train.steps, loss)
-        return loss
+        self._settle()
+        return self.held_out.loss(self.step)
 
     def save(self) -> Path:
         """Write a checkpoint of the step that is done, and return its folder when it is committed."""
+        self._settle()
         return self.saving.now(self.step)
 
     def _facts(self, rated: bool) -> dict[str, Any]:
@@ -271,8 +283,7 @@ class Trainer:
             self._check_replicas()
         if rated and self.config.checkpoint.keep_best:
             self.evaluate()
-        known = self._evaluated is not None and self._evaluated[0] == self.step
-        return {"run": self.run, "held_out_loss": self._evaluated[1] if self._evaluated and known else None}
+        return {"run": self.run, "held_out_loss": self.held_out.known(self.step)}
 
     def _save_if_possible(self) -> None:
         with self.saving.going_on():
@@ -287,8 +298,3 @@ class Trainer:
             raise InputError("train.recover: a program of its own needs hpcmp.Recovery in place of hpcmp.Trainer")
         if self.config.run.plot and find_spec("matplotlib") is None:
             raise InputError('run.plot needs matplotlib: pip install "hpcmp[plot]"')
-        if self.config.checkpoint.keep_best and self.inputs.held_out is None:
-            raise InputError("checkpoint.keep_best: data.path holds out less than a sample of model.sequence tokens")
-
-    def _agreed(self) -> Any:
-        return agreed(self.mesh, lambda who, why: InputError(f"{who}{why}"))

@@ -111,8 +111,9 @@ def _first(comm: MPI.Intracomm | None, ranks: int) -> MPI.Intracomm | None:
 
 
 def resolve(config: Config) -> Config:
-    """``config`` as ``verify`` takes it: in float64, every derived value filled in, ``dp`` 1 unless it is given."""
-    train = dataclasses.replace(config.train, dtype="float64")
+    """``config`` as ``verify`` takes it: in float64, and so without FP8, every derived value filled in, ``dp`` 1 unless
+    it is given."""
+    train = dataclasses.replace(config.train, dtype="float64", fp8="none")
     layout = dataclasses.replace(config.layout, dp=config.layout.dp or 1)
     vocabulary = config.model.vocabulary or 257
     if config.data.path is not None:

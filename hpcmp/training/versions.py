@@ -38,6 +38,7 @@ def first_line(error: Exception) -> str:
 def versions(mpi: Any) -> dict[str, str]:
     """{software: version}; ``mpi``: the module ``mpi4py.MPI``, initialised, or None."""
     from ..kernels import blas
+    from ..kernels.cuda import libraries
 
     numpy, h5py, cupy, nccl = (load(name)[0] for name in ("numpy", "h5py", "cupy", "cupy.cuda.nccl"))
     versions = {"Python": platform.python_version(), "hpcmp": __version__, "NumPy": numpy.__version__}
@@ -57,7 +58,12 @@ def versions(mpi: Any) -> dict[str, str]:
         versions["CUDA runtime"] = _cuda(ask(runtime.runtimeGetVersion, 0))
         versions["CUDA driver"] = _cuda(ask(runtime.driverGetVersion, 0))
         code = ask(lambda: nccl.get_version(), 0)
-        versions["NCCL"] = f"{code // 10000}.{code // 100 % 100}.{code % 100}" if code else "not found"
+        versions["NCCL"] = libraries.dotted(code) if code else "not found"
+    if cupy and ask(runtime.getDeviceCount, 0):  # else nothing loads them
+        nvrtc = ask(lambda: cupy.cuda.nvrtc.getVersion(), ())
+        versions["NVRTC"] = ".".join(map(str, nvrtc)) or "not found"
+        for name, library in (("cuBLASLt", libraries.cublaslt()), ("cuDNN", libraries.cudnn())):
+            versions[name] = library.version or f"not found ({library.why})"
     return versions
 
 

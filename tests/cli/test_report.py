@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,17 +188,18 @@ def test_an_error_is_told_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, loss: float | None
 ) -> None:
     """One of hpcmp's own, which is in its words, and any other, with its place; and none of an earlier start."""
-    toml, step = config(tmp_path, corpus(tmp_path)), Engine.step
+    toml, begin = config(tmp_path, corpus(tmp_path)), Engine.begin
 
     def planted(self: Engine, number: int, *args: Any, **more: Any) -> Any:
         if number < 2:
-            return step(self, number, *args, **more)
+            return begin(self, number, *args, **more)
         if loss is None:
             raise Planted("on purpose")
-        return replace(step(self, number, *args, **more), loss=math.nan, trouble="the loss is nan")
+        result = begin(self, number, *args, **more).result()
+        return SimpleNamespace(result=lambda: replace(result, loss=math.nan, trouble="the loss is nan"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", planted)
+        patch.setattr(Engine, "begin", planted)
         assert main(["train", str(toml), "train.kernels=reference"]) == (70 if loss is None else 1)
     capsys.readouterr()
     run = tmp_path / "run"

@@ -20,7 +20,7 @@ from typing import Any
 from hpcmp.cli import main
 from hpcmp.training.engine import Engine
 
-_step = Engine.step
+_begin = Engine.begin
 
 
 @functools.cache
@@ -29,18 +29,18 @@ def pace(path: Path) -> float:
     return 0.0 if path.exists() else float(os.environ.get("HPCMP_PACE", "0"))
 
 
-def step(self: Engine, number: int, *args: Any, **more: Any) -> Any:
-    """``Engine.step``, its pace, and a line about it."""
+def begin(self: Engine, number: int, *args: Any, **more: Any) -> Any:
+    """``Engine.begin``, its pace, and a line about it."""
     path = Path(self.config.run.directory) / f"rank{self.mesh.rank}.jsonl"
     seconds = pace(path)
-    result = _step(self, number, *args, **more)
+    running = _begin(self, number, *args, **more)
     time.sleep(seconds)
     who = {"pid": os.getpid(), "host": socket.gethostname(), "ranks": self.mesh.size}
     with path.open("a") as file:
         file.write(json.dumps({"time": time.time(), "step": number} | who) + "\n")
-    return result
+    return running
 
 
 if __name__ == "__main__":
-    Engine.step = step  # type: ignore[method-assign]
+    Engine.begin = begin  # type: ignore[method-assign]
     sys.exit(main())

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from hpcmp.comm import device
-from hpcmp.comm.device import Device, assign, select_device, visible
+from hpcmp.comm.device import Device, Told, assign, select_device, visible
 from hpcmp.errors import InputError
+from hpcmp.kernels.cuda import libraries
 
 
 def test_every_rank_has_a_gpu_of_its_own_as_long_as_there_are_some() -> None:
@@ -161,7 +162,7 @@ def test_slices_of_a_gpu_are_nobodys_but_nccl_takes_them_for_one(monkeypatch: py
     shown = ("MIG-0/1", "MIG-0/2")
     ranks = [(Node(4), "node", launched("srun", i) | {"CUDA_VISIBLE_DEVICES": name}) for i, name in enumerate(shown)]
     assert [name.split()[-1] for name in job(monkeypatch, ranks)] == list(shown)
-    assert not select_device(1, lambda told: [told[:1] + (["0000:00:00.0 u MIG-0/1"], *told[2:]), told]).nccl
+    assert not select_device(1, lambda told: [told._replace(seen=["0000:00:00.0 u MIG-0/1"]), told]).nccl
     ranks[1][2]["CUDA_VISIBLE_DEVICES"] = "MIG-1/1"
     assert len(set(job(monkeypatch, ranks))) == 2
     ranks[1][2]["CUDA_VISIBLE_DEVICES"] = "MIG-0/1"
@@ -182,7 +183,7 @@ def test_it_becomes_current_and_is_logged(
     caplog.set_level(logging.INFO, "hpcmp")
     chosen = select_device(1, lambda told: [told] * 2)
     assert (chosen, chosen.nccl, gpus.used) == (Device(1, "H100", False), True, 1)
-    assert "rank 1: GPU 1 of the 2" in caplog.text
+    assert "rank 1: GPU 1 of the 2" in caplog.text and "matrix products" not in caplog.text
     for name, value in launched("jsrun", 1).items():
         monkeypatch.setenv(name, value)
     select_device(1, lambda told: [told] * 2)
@@ -190,22 +191,39 @@ def test_it_becomes_current_and_is_logged(
 
 
 def test_too_few(gpus: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hpcmp")
     with pytest.raises(InputError, match=r"^3 ranks on host \S+ have 2 GPUs: .* HPCMP_SHARE_GPU=1"):
         select_device(2, lambda told: [told] * 3)
     assert gpus.used == -1
     monkeypatch.setenv("HPCMP_SHARE_GPU", "1")
     assert select_device(2, lambda told: [told] * 3) == Device(0, "H100", True)
+    monkeypatch.setattr(libraries, "said", lambda: "matrix products by cuBLASLt")
     shared = select_device(0, lambda told: [told] * 3)
+    assert caplog.messages.count("matrix products by cuBLASLt") == 1  # once a job
     assert shared.shared and not shared.nccl
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert shared.nccl
     assert "3 ranks share 2 GPUs" in caplog.text
+
+
+def test_nccl_connects_ranks_that_share_a_gpu_where_all_of_them_say_so(
+    gpus: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCMP_SHARE_GPU", "1")
+    for setting, version, expected in (("1", 23003, True), ("1", 22907, False), ("0", 23003, False)):
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", setting)
+        monkeypatch.setattr(device, "nccl_version", lambda version=version: version)
+        assert select_device(0, lambda told: [told] * 3).nccl is expected
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.setattr(device, "nccl_version", lambda: 23003)
+    for rank in range(3):  # the same on every rank, whose environments may differ
+        assert not select_device(rank, lambda told: [told, told, told._replace(together=False)]).nccl
+    slices = ["0000:00:00.0 u MIG-0/1"], ["0000:00:00.0 u MIG-0/2"]
+    assert not select_device(0, lambda told: [told._replace(seen=seen) for seen in slices]).nccl
 
 
 def test_one_host_is_crowded_and_the_other_is_not(gpus: Node) -> None:
     def gather(told: Any) -> list[Any]:
-        _, seen, *rest = told
-        return [told, told, *(("far", [f"far {gpu}" for gpu in seen], *rest) for _ in range(3))]
+        far = told._replace(host="far", seen=[f"far {gpu}" for gpu in told.seen])
+        return [told, told, far, far, far]
 
     with pytest.raises(InputError, match="^3 ranks on host far have 2 GPUs"):
         select_device(0, gather)
@@ -213,7 +231,7 @@ def test_one_host_is_crowded_and_the_other_is_not(gpus: Node) -> None:
 
 def test_no_gpu_on_another_rank(gpus: Node) -> None:
     with pytest.raises(InputError, match=r"^no driver \(rank 1 on host far\)$"):
-        select_device(0, lambda told: [told, ("far", [], "no driver", False, None)])
+        select_device(0, lambda told: [told, Told("far", [], "no driver", False, False, None)])
 
 
 def test_no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,47 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 
 from hpcmp.arrays import dtype_of
+from hpcmp.kernels import reference
 from hpcmp.kernels.cuda import multiply
 from hpcmp.kernels.cuda.choices import Choices
-from hpcmp.kernels.cuda.lt import Lt
+from hpcmp.kernels.cuda.lt import TYPES, Lt
+from tests.kernels.cublaslt_names import AUX, LONG, Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute
 
 DTYPES = {0: np.dtype("float32"), 1: np.dtype("float64"), 2: np.dtype("float16"), 14: dtype_of("bfloat16")}
+DTYPES |= {28: np.dtype(ml_dtypes.float8_e4m3fn), 29: np.dtype(ml_dtypes.float8_e5m2)}
 
 
 #: The dtypes of a and of d that the library multiplies.
 PAIRS = {("float32", "float32"), ("float64", "float64")} | {
     (half, out) for half in ("float16", "bfloat16") for out in (half, "float32")
 }
-
-
-class MatmulDescAttribute(enum.IntEnum):
-    TRANSA = 3
-    TRANSB = 4
-    EPILOGUE = 7
-    BIAS_POINTER = 8
-
-
-class MatmulPreferenceAttribute(enum.IntEnum):
-    MAX_WORKSPACE_BYTES = 1
-    REDUCTION_SCHEME_MASK = 3
-    MIN_ALIGNMENT_A_BYTES = 5
-    MIN_ALIGNMENT_B_BYTES = 6
-    MIN_ALIGNMENT_C_BYTES = 7
-    MIN_ALIGNMENT_D_BYTES = 8
-
-
-class Epilogue(enum.IntEnum):
-    DEFAULT = 1
-    BIAS = 4
 
 
 class cuBLASLtError(Exception):
@@ -79,7 +61,11 @@ class CublasLt:
         self.lent: list[np.ndarray[Any, Any]] = []
         self.used: list[int] = []
         self.promised: dict[int, list[int]] = {}
+        self.eight = True  # whether the GPU multiplies numbers of 8 bits
+        self.refusal = 15  # the status of what there is no algorithm for
         self.failed: set[int] = set()  # algorithms that are recommended with a state that is no success
+        self.epilogues = set(Epilogue)  # those that there are algorithms for
+        self.made: list[Epilogue] = []  # each product's
 
     def lend(self, *arrays: Any) -> None:
         """Allow a product to touch the memory that these arrays are views of."""
@@ -108,7 +94,7 @@ class CublasLt:
         return self._new(kind="matmul", scale=DTYPES[scale_type])
 
     def matmul_desc_set_attribute(self, matmul_desc: int, attr: int, buf: int, size_in_bytes: int) -> None:
-        assert size_in_bytes == (8 if attr == MatmulDescAttribute.BIAS_POINTER else 4)
+        assert size_in_bytes == (8 if attr in LONG else 4)
         value = int.from_bytes(ctypes.string_at(buf, size_in_bytes), "little")
         self.things[matmul_desc][MatmulDescAttribute(attr)] = value
 
@@ -134,9 +120,10 @@ class CublasLt:
         wish, names = self.things[preference], MatmulPreferenceAttribute
         assert wish[names.MAX_WORKSPACE_BYTES] == 32 << 20 and wish[names.REDUCTION_SCHEME_MASK] == 2
         self.promised[operation_desc] = [wish[names[f"MIN_ALIGNMENT_{x}_BYTES"]] for x in "ABD"]
-        count = min(self.algorithms, requested_algo_count)
-        if not count:
-            raise cuBLASLtError(15)
+        self._check_epilogue(operation_desc, adesc, ddesc)
+        count = min(self.algorithms if self._epilogue(operation_desc) in self.epilogues else 0, requested_algo_count)
+        if not count or not self._fits(operation_desc, adesc, bdesc, ddesc):
+            raise cuBLASLtError(self.refusal)
         results = np.zeros((count, 96), np.uint8)
         results[:, :64] = np.arange(1, count + 1)[:, None]
         results[:, 72] = [number in self.failed for number in range(1, count + 1)]
@@ -151,22 +138,25 @@ class CublasLt:
         if not 1 <= given[0] <= self.algorithms or (given != given[0]).any():
             raise cuBLASLtError(7)
         self.promised.setdefault(operation_desc, [1, 1, 1])
+        self._check_epilogue(operation_desc, adesc, ddesc)
 
     def matmul(
         self, light_handle: int, compute_desc: int, alpha: int, a: int, adesc: int, b: int, bdesc: int, beta: int,
         c: int, cdesc: int, d: int, ddesc: int, algo: int, workspace: int, workspace_size_in_bytes: int, stream: int,
     ) -> None:  # fmt: skip
-        assert self.things[light_handle]["kind"] == "handle" and c == d and cdesc == ddesc
+        assert self.things[light_handle]["kind"] == "handle" and cdesc == ddesc
         given = np.frombuffer(ctypes.string_at(algo, 64), np.uint8)
         assert 1 <= given[0] <= self.algorithms and (given == given[0]).all()
         self.used.append(int(given[0]))
         self._within(workspace, workspace_size_in_bytes)
-        for address, promised in zip((a, b, d), self.promised[compute_desc], strict=True):
-            assert address % promised == 0
+        promised = self.promised[compute_desc]
+        for address, aligned in zip((a, b, d, c), (*promised, promised[2]), strict=True):
+            assert address % aligned == 0
         asked = self.things[compute_desc]
         x, y, z = self._matrix(a, adesc), self._matrix(b, bdesc), self._matrix(d, ddesc)
-        kinds = x.dtype.name, z.dtype.name
-        assert kinds in PAIRS and y.dtype == x.dtype and (asked["scale"] == np.float64) == (kinds[0] == "float64")
+        kinds, scale = (x.dtype.name, z.dtype.name), self._scale(compute_desc, adesc, bdesc, ddesc, a, b, d)
+        assert scale is not None or (kinds in PAIRS and y.dtype == x.dtype)
+        assert (asked["scale"] == np.float64) == (kinds[0] == "float64")
         one, factor = (
             np.frombuffer(ctypes.string_at(at, asked["scale"].itemsize), asked["scale"])[0] for at in (alpha, beta)
         )
@@ -174,16 +164,73 @@ class CublasLt:
         y = y.T if asked.get(MatmulDescAttribute.TRANSB, 0) else y
         assert (x.shape[0], y.shape[1]) == z.shape and x.shape[1] == y.shape[0] and one == 1
         made = x.astype(asked["scale"]) @ y.astype(asked["scale"])
+        made = made if scale is None else made * scale
         if factor:
-            made = made + factor * z.astype(asked["scale"])
-        if asked.get(MatmulDescAttribute.EPILOGUE, Epilogue.DEFAULT) == Epilogue.BIAS:
-            at = asked[MatmulDescAttribute.BIAS_POINTER]
-            assert at % 16 == 0
-            self._within(at, z.shape[0] * z.itemsize)
-            made = made + np.frombuffer(ctypes.string_at(at, z.shape[0] * z.itemsize), z.dtype)[:, None].astype(
-                made.dtype
-            )
-        z[...] = made.astype(z.dtype)
+            made = made + factor * self._matrix(c, cdesc).astype(asked["scale"])
+        self._check_epilogue(compute_desc, adesc, ddesc)
+        self.made.append(self._epilogue(compute_desc))
+        z[...] = self._finish(asked, x, y, made, z.dtype).astype(z.dtype)
+
+    def _fits(self, desc: int, adesc: int, bdesc: int, ddesc: int) -> bool:
+        """What NVIDIA's documentation asks of products of 8 bits: sizes and strides of multiples of 16 bytes, "TN", not
+        two of E5M2, and no biases of float32, which a result in float32 would have here."""
+        asked, a, b, d = (self.things[i] for i in (desc, adesc, bdesc, ddesc))
+        if a["dtype"].itemsize > 1:
+            return bool(b["dtype"] == a["dtype"])
+        turns = asked.get(MatmulDescAttribute.TRANSA, 0), asked.get(MatmulDescAttribute.TRANSB, 0)
+        fits = turns == (1, 0) and not any(x[n] % 16 for x in (a, b, d) for n in ("rows", "cols", "ld"))
+        fits = fits and (a["dtype"], b["dtype"]) != (DTYPES[29],) * 2 and d["dtype"] in (DTYPES[i] for i in (0, 2, 14))
+        return self.eight and fits and (d["dtype"].itemsize == 2 or self._epilogue(desc) == Epilogue.DEFAULT)
+
+    def _scale(self, desc: int, adesc: int, bdesc: int, ddesc: int, *addresses: int) -> np.ndarray[Any, Any] | None:
+        """What a product of 8 bits is multiplied by; None for any other, which has none."""
+        names = MatmulDescAttribute.A_SCALE_POINTER, MatmulDescAttribute.B_SCALE_POINTER
+        if self.things[adesc]["dtype"].itemsize > 1:
+            assert not any(name in self.things[desc] for name in names)
+            return None
+        assert self._fits(desc, adesc, bdesc, ddesc) and not any(address % 16 for address in addresses)
+        first, second = (self._vector(self.things[desc][name], 1, np.dtype(np.float32)) for name in names)
+        return first * second
+
+    def _epilogue(self, desc: int) -> Epilogue:
+        return Epilogue(self.things[desc].get(MatmulDescAttribute.EPILOGUE, Epilogue.DEFAULT))
+
+    def _check_epilogue(self, desc: int, adesc: int, ddesc: int) -> None:
+        """What the header and the documentation of cuBLASLt ask of the attributes, where algorithms are asked for, too:
+        there the pointers tell what alignment to expect. That DGELU wants k > 1 is in nvmath-python."""
+        asked, names, kind, d = self.things[desc], MatmulDescAttribute, self._epilogue(desc), self.things[ddesc]
+        sums = kind in (Epilogue.BGRADA, Epilogue.BGRADB)
+        pointers = [names.BIAS_POINTER] if sums or kind & Epilogue.BIAS else []
+        if kind & AUX:
+            pointers += [names.EPILOGUE_AUX_POINTER]
+            assert asked[names.EPILOGUE_AUX_LD] % 8 == 0 and asked[names.EPILOGUE_AUX_LD] >= d["rows"]
+            assert d["dtype"].itemsize == 2  # it has others, which hpcmp does not ask for
+        assert asked["scale"].itemsize == 4 or kind in (Epilogue.DEFAULT, Epilogue.BIAS)
+        terms = self.things[adesc]["rows" if asked.get(names.TRANSA, 0) else "cols"]
+        assert terms > 1 or kind != Epilogue.DGELU
+        for name in pointers:
+            assert asked[name] and asked[name] % 16 == 0
+
+    def _finish(self, asked: dict[Any, Any], x: Any, y: Any, made: Any, dtype: Any) -> Any:
+        """d, of the product and C in ``made``, and what the epilogue writes beside it. x and y: op(a) and op(b)."""
+        names, kind = MatmulDescAttribute, Epilogue(asked.get(MatmulDescAttribute.EPILOGUE, Epilogue.DEFAULT))
+        if kind in (Epilogue.BGRADA, Epilogue.BGRADB):
+            sums = x.astype(made.dtype).sum(1) if kind == Epilogue.BGRADA else y.astype(made.dtype).sum(0)
+            self._vector(asked[names.BIAS_POINTER], len(sums), dtype)[...] = sums.astype(dtype)
+        if kind & Epilogue.BIAS:
+            made = made + self._vector(asked[names.BIAS_POINTER], len(made), dtype)[:, None].astype(made.dtype)
+        if kind & AUX:
+            layout = self.matrix_layout_create(TYPES[dtype.name], *made.shape, asked[names.EPILOGUE_AUX_LD])
+            aux = self._matrix(asked[names.EPILOGUE_AUX_POINTER], layout)
+            if kind == Epilogue.DGELU:
+                return reference.gelu_backward(made, aux.astype(made.dtype))
+            aux[...] = made.astype(dtype)
+            return reference.gelu(made)
+        return made
+
+    def _vector(self, address: int, length: int, dtype: Any) -> np.ndarray[Any, Any]:
+        self._within(address, length * dtype.itemsize)
+        return np.frombuffer((ctypes.c_char * (length * dtype.itemsize)).from_address(address), np.uint8).view(dtype)
 
     def _matrix(self, address: int, layout: int) -> np.ndarray[Any, Any]:
         """The column-major matrix at an address, as a view of that memory."""
@@ -191,8 +238,8 @@ class CublasLt:
         size, ld = told["dtype"].itemsize, told["ld"]
         length = ((told["cols"] - 1) * ld + told["rows"]) * size
         self._within(address, length)
-        flat = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8).view(told["dtype"])
-        return np.lib.stride_tricks.as_strided(flat, (told["rows"], told["cols"]), (size, ld * size))
+        flat = (ctypes.c_char * length).from_address(address)
+        return np.ndarray((told["rows"], told["cols"]), told["dtype"], flat, strides=(size, ld * size))
 
     def _within(self, address: int, length: int) -> None:
         assert any(x.ctypes.data <= address and address + length <= x.ctypes.data + x.nbytes for x in self.lent), (

@@ -110,3 +110,18 @@ def test_a_word_that_is_the_threshold_is_kept() -> None:
         y = kernels.CUDA.dropout(x, mask)
     assert y[1, 1, 9] > 0
     np.testing.assert_array_equal(y > 0, mask.keep())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_turn_wherever_they_lie(dtype: Any) -> None:
+    """As an exchange of heads leaves them, and between 16-byte boundaries: the same bits, and the rest left alone."""
+    draw = np.random.default_rng(0)
+    x, cos, sin = (draw.normal(size=shape).astype(dtype) for shape in ((3, 2, 5, 48), (3, 1, 1, 16), (3, 1, 1, 16)))
+    by_head, moved = np.moveaxis(np.moveaxis(x, 2, 0).copy(), 0, 2), np.empty(x.size + 1, dtype)[1:].reshape(x.shape)
+    moved[...] = before = x.copy()
+    k = kernel_set(dtype)
+    with emulated():
+        for each in (x, by_head, moved):
+            assert k.rope(each, cos, sin) is each
+            np.testing.assert_array_equal(each, x)
+    assert (x[..., :32] != before[..., :32]).any() and (x[..., 32:] == before[..., 32:]).all()

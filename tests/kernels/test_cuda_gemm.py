@@ -315,5 +315,6 @@ def test_the_binding_is_nvmaths() -> None:
     assert (fields["workspace_size"][1], fields["state"][1]) == (64, 72)
     assert theirs.ReductionScheme.COMPUTE_TYPE == lt._PARTIAL_SUMS and issubclass(theirs.cuBLASLtError, Exception)
     letters = {"float32": "32F", "float64": "64F", "float16": "16F", "bfloat16": "16BF"}
+    letters |= {"float8_e4m3fn": "8F_E4M3", "float8_e5m2": "8F_E5M2"}
     assert {name: CudaDataType[f"CUDA_R_{n}"] for name, n in letters.items()} == lt.TYPES
     assert {name: cublas.ComputeType[f"COMPUTE_{letters[name]}"] for name in lt.COMPUTE} == lt.COMPUTE

@@ -11,6 +11,7 @@ from hpcmp import kernels
 from hpcmp.arrays import dtype_of
 from tests.kernels.emulation.backend import emulated, needs_gxx
 from tests.kernels.test_kernels import SETTINGS
+from tests.kernels.test_update import FACTORS, assert_an_array_is_as_good_as_a_number
 
 pytestmark = [needs_gxx, pytest.mark.timeout(300)]  # g++ builds what has changed
 
@@ -71,3 +72,28 @@ def test_nothing_to_step() -> None:
     with emulated():
         kernels.CUDA.adamw(*nothing, **SETTINGS["adamw"])
         assert kernels.CUDA.nesterov(*nothing[:2], **SETTINGS["nesterov"]).shape == (0,)
+
+
+@pytest.mark.parametrize(("sums", "before", "clip", "factor"), FACTORS)
+def test_clip_factor(sums: tuple[float, float], before: float, clip: float | None, factor: float) -> None:
+    found = np.array([before])
+    with emulated():
+        kernels.CUDA.clip_factor(np.array([*sums, np.nan]), found, clip=clip, scale=2.0)
+    np.testing.assert_array_equal(found, [factor])
+
+
+def test_clip_factor_has_the_bits_of_the_reference() -> None:
+    """So that a host that decides, and a GPU, take the same step."""
+    draw = np.random.default_rng(0)
+    for squares, clip, scale in np.exp(draw.normal(size=(50, 3)) * 4):
+        found, wanted = np.ones(1), np.ones(1)
+        with emulated():
+            kernels.CUDA.clip_factor(np.array([squares, 1.0]), found, clip=clip, scale=scale)
+        kernels.REFERENCE.clip_factor(np.array([squares, 1.0]), wanted, clip=clip, scale=scale)
+        assert found == wanted
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_array_is_as_good_as_a_number(dtype: Any) -> None:
+    with emulated():
+        assert_an_array_is_as_good_as_a_number(kernels.CUDA, dtype)

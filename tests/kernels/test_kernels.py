@@ -11,6 +11,7 @@ import pytest
 from hpcmp import kernels
 from hpcmp.arrays import Array
 from hpcmp.kernels import attention, reference
+from hpcmp.kernels.half import OVERWRITTEN
 from hpcmp.random import DropoutMask
 
 RNG = np.random.default_rng
@@ -80,6 +81,7 @@ def adamw_arguments(d: Sizes) -> list[Array]:
 ADAM: dict[str, Any] = {"step": 3, "betas": (0.9, 0.95), "epsilon": 1e-8, "grad_scale": 0.5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam_update": ADAM,
+    "clip_factor": {"clip": 2.5, "scale": 2.0},
     "adamw": ADAM | {"rate": 0.1, "decay": 0.1},
     "sgd": {"rate": 0.1, "momentum": 0.9, "decay": 0.1, "grad_scale": 0.5},
     "nesterov": {"momentum": 0.9, "grad_scale": 0.5},
@@ -91,6 +93,10 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "matmul_transposed": lambda d: [d.real(d.s, 2, 5), d.real(d.f, 5)],
     "add_outer": lambda d: [d.real(d.f, 5), d.real(d.s, 2, d.f), d.real(d.s, 2, 5)],
     "add_rows": lambda d: [d.real(d.f), d.real(d.s, 70, d.f)],
+    "add_outer_and_rows": lambda d: [d.real(d.f, 5), d.real(5), d.real(d.s, 2, d.f), d.real(d.s, 2, 5)],
+    "matmul_onto": lambda d: [d.real(d.s, 2, d.f), d.real(d.f, 16), d.real(d.s, 2, 16), d.real(16)],
+    "matmul_gelu": lambda d: [d.real(d.s, 2, d.f), d.real(d.f, 16), d.real(16)],
+    "matmul_gelu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(16, d.f), d.real(d.s, 2, 16)],
     "gelu": lambda d: [d.real(d.s, 2, d.f)],
     "dropout": lambda d: [
         d.real(d.s, 2, d.f),
@@ -98,7 +104,7 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
         *onto(d, 2, d.f),
     ],
     "add": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
-    "assign": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f), 0.5],
+    "assign": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
     "gelu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, d.f)],
     "swiglu": lambda d: [d.real(d.s, 2, 2, d.f)],
     "swiglu_backward": lambda d: [d.real(d.s, 2, d.f), d.real(d.s, 2, 2, d.f)],
@@ -118,6 +124,16 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "cross_entropy_backward": lambda d: [abs(d.real(d.s, 2)), *cross_entropy_arguments(d), 3 + d.real(d.s, 2)],
     "square_sum": lambda d: [d.real(d.s, 2, d.f)],
     "add_square_sum": lambda d: [np.ones(1), d.real(d.s, 2, d.f)],
+    "add_amax": lambda d: [abs(d.real(1)), d.real(d.s, 2, d.f)],
+    "quantise": lambda d: [d.real(d.s, d.f), abs(d.real(1)), "e5m2", True, True],
+    "fp8_product": lambda d: [
+        d.real(d.s, 5),
+        *(d.whole(0, 64, n, d.f).astype(np.uint8) for n in (d.s, 5)),
+        *np.ones((2, 1), d.dtype) / 4,
+        ("e4m3", "e5m2"),
+        d.real(5),
+    ],
+    "shift_history": lambda d: [abs(d.real(d.s, 16)), *abs(d.real(2, d.s)), d.real(1)],
     "router_scores": lambda d: [d.real(d.s, 2, 7), "softmax"],
     "router_scores_backward": lambda d: [d.real(d.s, 2, 7), abs(d.real(d.s, 2, 7)), "sigmoid"],
     "top_k": lambda d: [d.real(d.s, 2, 7), 3],
@@ -126,6 +142,7 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "take_rows": lambda d: [d.real(d.s, d.f), d.whole(-1, d.s, 2 * d.s + 1), d.real(2 * d.s + 1)],
     "combine": lambda d: [d.real(d.s, 3), d.real(d.s, 3, d.f)],
     "combine_backward_gates": lambda d: [d.real(d.s, d.f), d.real(d.s, 3, d.f)],
+    "clip_factor": lambda d: [np.array([300.0, 5.0, 1.0]), np.ones(1)],
     "adamw": adamw_arguments,
     "adam_update": lambda d: adamw_arguments(d)[1:],
     "sgd": lambda d: adamw_arguments(d)[1:],
@@ -177,7 +194,7 @@ def test_every_kernel_set_does_as_the_reference_in_double_precision(
         for y, z in zip(run(kernel_set, name, arguments, contiguous), expected, strict=True):
             assert np.shape(y) == np.shape(z)
             if isinstance(y, np.ndarray) and y.dtype.kind == "f":
-                assert y.dtype == dtype or name == "add_square_sum"
+                assert y.dtype == dtype or name in ("add_square_sum", "clip_factor")
             scale = max(1.0, float(np.abs(z).max(initial=0)))
             np.testing.assert_allclose(y, z, rtol=0, atol=tolerance * scale)
 
@@ -201,11 +218,12 @@ def test_large_numbers_stay_finite_in_single_precision(kernel_set: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)
-def test_the_gradient_of_the_logits_takes_their_place(kernel_set: Any) -> None:
-    for contiguous in (True, False):
-        scale, logits, *others = CALLS["cross_entropy_backward"](Sizes(5, 7))
-        logits = lay(logits, contiguous)
-        assert kernel_set.cross_entropy_backward(scale, logits, *others) is logits
+def test_results_that_take_the_place_of_an_argument(kernel_set: Any) -> None:
+    for name, place in OVERWRITTEN.items():
+        for contiguous in (True, False):
+            arguments = CALLS[name](Sizes(5, 7))
+            arguments[place] = lay(arguments[place], contiguous)
+            assert getattr(kernel_set, name)(*arguments) is arguments[place]
 
 
 @pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)

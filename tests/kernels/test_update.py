@@ -73,3 +73,57 @@ def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions(
 def test_orthogonalise_of_nothing_is_nothing() -> None:
     assert not update.orthogonalise(np.zeros((3, 4))).any()
     assert update.orthogonalise(np.zeros((0, 4))).shape == (0, 4)
+
+
+#: What is read, and what the factor is then: the norm is the root of the first number over ``scale`` = 2.
+FACTORS = [
+    ((64.0, 1.0), 1.0, 8.0, 0.5),  # a norm of 4, under the limit
+    ((64.0, 1.0), 0.3, 4.0, 0.5),  # on it; what was there before does not matter
+    ((64.0, 1.0), 1.0, 1.0, 0.125),
+    ((64.0, 1.0), 1.0, None, 0.5),
+    ((0.0, 1.0), 1.0, 1.0, 0.5),
+    ((math.inf, 1.0), 1.0, 1.0, math.nan),
+    ((math.nan, 1.0), 1.0, None, math.nan),
+    ((64.0, math.inf), 1.0, 1.0, math.nan),
+    ((64.0, math.nan), 1.0, 1.0, math.nan),
+    ((64.0, 1.0), math.nan, 1.0, math.nan),  # and so it stays
+]
+SETS = {"reference": kernels.REFERENCE, "numpy": kernels.NUMPY, "cpu": kernels.CPU}
+
+
+@pytest.mark.parametrize(("sums", "before", "clip", "factor"), FACTORS)
+def test_clip_factor(sums: tuple[float, float], before: float, clip: float | None, factor: float) -> None:
+    found = np.array([before])
+    update.clip_factor(np.array([*sums, math.nan]), found, clip=clip, scale=2.0)
+    np.testing.assert_array_equal(found, [factor])
+
+
+def arrays(dtype: Any) -> list[np.ndarray]:
+    """Weights, gradient, moments; and weights of 16 bits."""
+    data, grad, m, v = abs(RNG(1).normal(size=(4, 1029))).astype(dtype)
+    return [data, grad, m, v, np.zeros(1029, dtype_of("bfloat16"))]
+
+
+def assert_an_array_is_as_good_as_a_number(kernel_set: Any, dtype: Any) -> None:
+    """The same bits; and NaN, either way, changes nothing."""
+    for name, count in (("adamw", 4), ("sgd", 3)):
+        settings = {"rate": 0.1, "decay": 0.1}
+        settings |= {"step": 2, "betas": (0.9, 0.95), "epsilon": 1e-8} if name == "adamw" else {"momentum": 0.9}
+        for scale in (1 / 3, math.nan):
+            found = []
+            for given in (scale, np.array([scale])):
+                *flat, out = arrays(dtype)
+                more = settings | ({"out": out} if name == "adamw" else {})
+                getattr(kernel_set, name)(*flat[:count], grad_scale=given, **more)
+                found.append([*flat, out])
+            for x, y, before in zip(*found, arrays(dtype), strict=True):
+                np.testing.assert_array_equal(x, y)
+                if math.isnan(scale):
+                    np.testing.assert_array_equal(x, before)
+            assert math.isnan(scale) or not np.array_equal(found[0][0], arrays(dtype)[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kernel_set", SETS.values(), ids=SETS)
+def test_an_array_is_as_good_as_a_number(kernel_set: Any, dtype: Any) -> None:
+    assert_an_array_is_as_good_as_a_number(kernel_set, dtype)

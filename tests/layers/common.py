@@ -14,6 +14,7 @@ from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module
 from hpcmp.testing import activations, equals_serial, gradcheck
+from hpcmp.wgrad import WGrad
 
 BATCH = 2
 
@@ -90,6 +91,16 @@ class Case:
         )
         assert sorted(map(id, called)) == sorted({id(holder) for _, holder, _ in module.walk()})
         assert not any(p.grad.any() for p in parameters)
+
+
+class Copied(Module):
+    """The identity, by copies: before and after a layer that writes over what it is given (see ``hpcmp.module``)."""
+
+    def forward(self, x: Any) -> tuple[Any, None]:
+        return (tuple(v.copy() for v in x) if isinstance(x, tuple) else x.copy()), None
+
+    def backward(self, dy: Any, saved: None, wgrad: WGrad) -> Any:
+        return tuple(None if v is None else v.copy() for v in dy) if isinstance(dy, tuple) else dy.copy()
 
 
 def _arrays(value: Any) -> list[Array]:

@@ -16,7 +16,7 @@ from hpcmp.layers.norm import RMSNorm
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Recompute, Residual, Sequential, normal
 
-from .common import BATCH, Case, draw, place
+from .common import BATCH, Case, Copied, draw, place
 
 D = 4
 COMBINATIONS = [
@@ -219,7 +219,7 @@ def test_core_keeps_nothing_of_the_size_of_its_scores() -> None:
 
 def test_rope_turns_pairs_by_their_position() -> None:
     q, kv = draw(5, BATCH, 3, 6), draw(5, BATCH, 2, 2, 6)
-    (turned, turned_kv), _ = Rope(place(5), 6, 100.0).forward((q, kv))
+    (turned, turned_kv), _ = Rope(place(5), 6, 100.0).forward((q.copy(), kv.copy()))
     for x, y in ((q, turned), (kv[..., 0, :], turned_kv[..., 0, :])):
         for t, pair in itertools.product(range(5), range(3)):
             angle = t * 100.0 ** (-2 * pair / 6)
@@ -238,4 +238,19 @@ def test_rope_depends_on_distances_alone() -> None:
 
 
 def test_rope_gradients() -> None:
-    Case(lambda p: Rope(p, 6, 100.0), x=lambda s: (draw(s, BATCH, 3, 6), draw(s, BATCH, 2, 2, 6))).check_serial()
+    Case(
+        lambda p: Sequential(Copied(), Rope(p, 6, 100.0), Copied()),
+        x=lambda s: (draw(s, BATCH, 3, 6), draw(s, BATCH, 2, 2, 6)),
+    ).check_serial()
+
+
+def test_rope_turns_queries_and_keys_where_they_lie() -> None:
+    rope = Rope(place(5), 6, 100.0)
+    for turn in (lambda x: rope.forward(x)[0], lambda x: rope.backward(x, None, wgrad.now)):
+        q, kv = draw(5, BATCH, 3, 6), draw(5, BATCH, 2, 2, 6)
+        # as an exchange of heads leaves them
+        by_head = [np.moveaxis(np.moveaxis(x, 2, 0).copy(), 0, 2) for x in (q, kv)]
+        found = turn((q, kv))
+        assert found[0] is q and np.shares_memory(found[1], kv)
+        for a, b in zip(found, turn(tuple(by_head)), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -12,11 +12,10 @@ from hpcmp.arrays import Array
 from hpcmp.comm.base import Communicator
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.parallel import ModelParallel
-from hpcmp.module import Module, Sequential
+from hpcmp.module import Sequential
 from hpcmp.testing import share, whole
-from hpcmp.wgrad import WGrad
 
-from .common import BATCH, Case, draw, place
+from .common import BATCH, Case, Copied, draw, place
 
 
 def inputs(vocabulary: int, length: int) -> tuple[Array, Array]:
@@ -27,16 +26,6 @@ def inputs(vocabulary: int, length: int) -> tuple[Array, Array]:
 def cut(x: Any, parallel: ModelParallel) -> Any:
     """This rank's share of the logits, and of their gradient; whole targets."""
     return (share(2)(x[0], parallel), x[1])
-
-
-class Copied(Module):
-    """Logits that are the loss's alone, as those that a head makes are: its backward writes over them."""
-
-    def forward(self, x: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        return (x[0].copy(), x[1]), None
-
-    def backward(self, dy: Any, saved: None, wgrad: WGrad) -> Any:
-        return dy
 
 
 def case(vocabulary: int) -> Case:

@@ -27,7 +27,8 @@ pytestmark = [needs_gxx, pytest.mark.timeout(300)]  # g++ builds what has change
 GPT = Architecture("gpt", 2, 24, 6, 3, 4, 37, 101, 16, dropout=0.1)
 LLAMA = dataclasses.replace(GPT, style="llama", tied=False, bias=False, dropout=0.0, hidden=32, ffn=40)
 MOE = dataclasses.replace(LLAMA, experts=5, expert_ffn=24, capacity=1.2, balance_loss=0.01, shared_experts=1)
-MODELS = {"gpt": GPT, "llama": LLAMA, "moe": MOE}
+WIDE = dataclasses.replace(GPT, ffn=40)  # a multiple of 8: cuBLASLt's epilogues
+MODELS = {"gpt": GPT, "gpt with epilogues": WIDE, "llama": LLAMA, "moe": MOE}
 
 
 @contextlib.contextmanager

@@ -71,11 +71,15 @@ class Early:
 @planted("recompute=activations,micro=2")
 def recomputed_from_the_last_microbatch(patch: Patch) -> None:
     """What a norm or an activation is made again from is kept once a layer, not once a microbatch."""
-    forward, backward = RecomputeInput.forward, RecomputeInput.backward
+    forward, onto, backward = RecomputeInput.forward, RecomputeInput.forward_onto, RecomputeInput.backward
 
-    def keep(self: Any, x: Any) -> Any:
-        self.kept = getattr(self, "kept", x)  # that of the first microbatch, for ever
-        return forward(self, x)
+    def keep(right: Any) -> Any:
+        def run(self: Any, x: Any, *given: Any) -> Any:
+            self.kept = getattr(self, "kept", x)  # that of the first microbatch, for ever
+            return right(self, x, *given)
 
-    patch.setattr(RecomputeInput, "forward", keep)
+        return run
+
+    patch.setattr(RecomputeInput, "forward", keep(forward))
+    patch.setattr(RecomputeInput, "forward_onto", keep(onto))
     patch.setattr(RecomputeInput, "backward", lambda self, dy, saved, wgrad: backward(self, dy, self.kept, wgrad))

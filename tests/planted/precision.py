@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
+import numpy as np
+
+from hpcmp import kernels
 from hpcmp.comm.base import Solo
 from hpcmp.comm.mesh import Mesh
-from hpcmp.optim.base import Optimizer
+from hpcmp.kernels import update
 from hpcmp.parallel.bucket import Bucket
-from hpcmp.parallel.buckets import Buckets
+from hpcmp.training import engine as module
+from hpcmp.training import outcome
 from hpcmp.training.engine import Engine
 from tests.planted.machinery import Patch, planted
 from tests.training.test_precision import (
@@ -23,32 +26,28 @@ from tests.training.test_precision import (
 @planted(check=assert_an_overflow_on_one_rank_is_one_on_all, ranks=2)
 def overflow_not_agreed(patch: Patch) -> None:
     """A rank looks for an overflow in its own part of the gradient, and skips the step alone."""
-    right = Buckets.norm
+    right = outcome.summed
 
-    def norm(self: Any) -> float:
-        mesh = self.mesh
-        self.mesh = {Mesh.axes: Solo()}
+    def summed(engine: Any, *args: Any) -> Any:
+        mesh = engine.mesh
+        engine.mesh = {Mesh.axes: Solo()}
         try:
-            return right(self)
+            return right(engine, *args)
         finally:
-            self.mesh = mesh
+            engine.mesh = mesh
 
-    patch.setattr(Buckets, "norm", norm)
+    patch.setattr(module, "summed", summed)
 
 
 @planted(check=assert_the_gradient_does_not_depend_on_the_scale)
 def clipped_before_it_is_unscaled(patch: Patch) -> None:
     """The norm that clipping looks at is that of the scaled gradient."""
 
-    def step(self: Any, rate: float, *, scale: float = 1.0) -> float:
-        norm = self.buckets.norm()
-        clipped = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
-        self.steps += 1
-        self.update(rate, clipped / scale)
-        self.buckets.publish()
-        return float(norm / scale)
+    def clip_factor(sums: Any, factor: Any, *, clip: Any, scale: float) -> None:
+        update.clip_factor(sums, factor, clip=clip, scale=1.0)
+        factor /= scale
 
-    patch.setattr(Optimizer, "step", step)
+    patch.setattr(kernels.of(np.zeros(0)), "clip_factor", clip_factor)
 
 
 @planted(check=assert_the_gradient_does_not_depend_on_the_scale)
@@ -81,11 +80,7 @@ def no_master_weights(patch: Patch) -> None:
 def overflow_steps_all_the_same(patch: Patch) -> None:
     """A step whose gradient overflowed changes the weights before it is noticed."""
 
-    def step(self: Any, rate: float, *, scale: float = 1.0) -> float:
-        norm = self.buckets.norm() / scale
-        self.steps += math.isfinite(norm)
-        self.update(rate, 1 / scale)
-        self.buckets.publish()
-        return float(norm)
+    def clip_factor(sums: Any, factor: Any, *, clip: Any, scale: float) -> None:
+        factor[...] = 1 / scale
 
-    patch.setattr(Optimizer, "step", step)
+    patch.setattr(kernels.of(np.zeros(0)), "clip_factor", clip_factor)

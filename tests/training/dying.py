@@ -66,7 +66,7 @@ def plant(owner: Any, name: str, place: str, number: Callable[..., int | None] =
     setattr(owner, name, planted)
 
 
-plant(Engine, "step", "step", lambda engine, number, *data: number)
+plant(Engine, "begin", "step", lambda engine, number, *data: number)
 plant(Engine, "evaluate", "evaluate")
 plant(pipeline._Step, "_backward", "backward", lambda step, *given: step.of.cursor.place.step)
 plant(Mesh, "close", "close")

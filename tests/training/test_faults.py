@@ -39,7 +39,7 @@ def train(tmp_path: Path, data: bytes, run_mpi: Callable[..., CompletedProcess[s
     toml = config(tmp_path, tmp_path / "tokens.h5")
 
     def train(how: str, *overrides: str, ranks: int = 2) -> CompletedProcess[str]:
-        argv = [sys.executable, "-m", "tests.training.faulty", how, str(toml), *overrides]
+        argv = [sys.executable, "-m", "tests.training.faulty", how, str(toml), "train.kernels=reference", *overrides]
         return run_mpi(ranks, argv, timeout=SECONDS, env={"PYTHONPATH": str(ROOT)})
 
     return train

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hpcmp import __version__
+from hpcmp.kernels.cuda import libraries
 from hpcmp.training.config import load_config
 from hpcmp.training.records import read_records
 from hpcmp.training.toml import read_toml
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(size=1)
+@pytest.mark.mpi(size=3)
 def test_each_start_is_a_record_and_each_rank_has_its_log(
     world: Intracomm, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,3 +93,25 @@ def test_the_commit_is_read_without_git(tmp_path: Path) -> None:
 def test_versions_do_not_need_mpi() -> None:
     found = versions(None)
     assert "MPI" not in found and found["hpcmp"] == __version__
+
+
+def test_versions_of_what_a_gpu_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for CuPy; nothing is loaded where there is no GPU."""
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1, runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13010)
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="14.2.0", cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda.nccl", SimpleNamespace(get_version=lambda: 23003))
+    monkeypatch.setattr(libraries, "cublaslt", lambda: libraries.Library("13.1.2 (nvmath-python 1.0.0)"))
+    monkeypatch.setattr(libraries, "cudnn", lambda: libraries.Library(why="No module named 'cudnn'"))
+    expected = {
+        "CuPy": "14.2.0",
+        "CUDA runtime": "13.0",
+        "CUDA driver": "13.1",
+        "NCCL": "2.30.3",
+        "NVRTC": "13.2",
+        "cuBLASLt": "13.1.2 (nvmath-python 1.0.0)",
+        "cuDNN": "not found (No module named 'cudnn')",
+    }
+    assert versions(None).items() >= expected.items()
+    runtime.getDeviceCount = lambda: 0
+    assert not {"NVRTC", "cuBLASLt", "cuDNN"} & versions(None).keys()

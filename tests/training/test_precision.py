@@ -209,14 +209,14 @@ def run(toml: Path, world: Intracomm | None, name: str, *given: str, plant: Any 
     """The steps of a run; ``plant(trainer)`` is called before each."""
     settings = [f"run.directory={toml.parent / name}", "train.dtype=float16", *given]
     with Trainer(load_config(toml, settings), world) as trainer:
-        step = trainer.engine.step
+        begin = trainer.engine.begin
 
-        def planted(*args: Any, **kwargs: Any) -> Result:
+        def planted(*args: Any, **kwargs: Any) -> Any:
             if plant is not None:
                 plant(trainer)
-            return step(*args, **kwargs)
+            return begin(*args, **kwargs)
 
-        trainer.engine.step = planted  # type: ignore[method-assign]
+        trainer.engine.begin = planted  # type: ignore[method-assign]
         results = list(trainer)
         trainer.save()
     return results

@@ -44,8 +44,14 @@ def layout(kind: str, ranks: int) -> list[str]:
     return [f"layout.{each}" for each in given[kind]]
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("kind", ["dp", "tp", "pp", "zero", "tp pp"])
+def on(kind: str, *sizes: int) -> Any:
+    """A kind of layout, on the numbers of ranks on which it is one of its own."""
+    return pytest.param(kind, marks=[pytest.mark.mpi(size=size) for size in sizes], id=kind)
+
+
+@pytest.mark.parametrize(
+    "kind", [on("dp", 1, 3), on("tp", 2, 4), on("pp", 2, 4), on("zero", 1, 2, 4), on("tp pp", 3, 4, 8)]
+)
 def test_a_profile_of_a_run(world: Intracomm, mpi_tmp_path: Path, kind: str) -> None:
     if world.rank == 0:
         config(mpi_tmp_path, corpus(mpi_tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,12 @@ ZERO = {
     4: ("layout.tp=2 layout.zero=3", "layout.zero=2 layout.zero_group=2"),
     8: ("layout.pp=2 layout.zero=3 layout.zero_group=2", "layout.tp=2 layout.pp=2"),
 }
+
+
+def few(test: Callable[..., None]) -> Callable[..., None]:
+    """What depends on the layout no further than that there are other ranks: on one alone, and on tp=2 pp=2."""
+    return pytest.mark.mpi(size=1)(pytest.mark.mpi(size=4)(test))
+
 
 both = pytest.mark.parametrize("pairs", [PAIRS, ZERO], ids=["plain", "zero"])
 
@@ -82,6 +89,7 @@ def test_a_run_goes_on_on_another_layout(world: Intracomm, toml: Path, pairs: di
             np.testing.assert_allclose(a[name].astype(float), b[name].astype(float), 1e-9, 1e-12, err_msg=name)
 
 
+@few
 def test_metrics_have_a_line_a_step_and_a_resumed_run_none_twice(world: Intracomm, toml: Path) -> None:
     layout = PAIRS[world.size][0]
     run(toml, world, "metrics", layout, "train.steps=4", "checkpoint.every=2")
@@ -101,6 +109,7 @@ def test_metrics_have_a_line_a_step_and_a_resumed_run_none_twice(world: Intracom
     assert [line["step"] for line in lines if "held_out" in line][-2:] == [2, 5]
 
 
+@few
 def test_a_stop_on_one_rank_stops_all_with_a_checkpoint(world: Intracomm, toml: Path) -> None:
     c = load_config(toml, [f"run.directory={toml.parent / 'stopped'}", *PAIRS[world.size][0].split()])
     with Trainer(c, world) as trainer:
@@ -111,6 +120,7 @@ def test_a_stop_on_one_rank_stops_all_with_a_checkpoint(world: Intracomm, toml: 
     assert open_checkpoint(toml.parent / "stopped" / "checkpoints").step == 1
 
 
+@few
 def test_a_damaged_checkpoint_is_passed_over(world: Intracomm, toml: Path, caplog: pytest.LogCaptureFixture) -> None:
     layout = PAIRS[world.size][0]
     whole = run(toml, world, "damaged", layout, "checkpoint.every=3", "checkpoint.keep=2")
@@ -126,6 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: Intracomm, toml: Path, caplo
     assert world.rank != 0 or "trying the one before" in caplog.text
 
 
+@few
 def test_a_save_that_fails_on_the_way_does_not_end_the_run(
     world: Intracomm, toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +156,7 @@ def test_a_save_that_fails_on_the_way_does_not_end_the_run(
     assert open_checkpoint(toml.parent / "full" / "checkpoints").step == 6
 
 
+@few
 def test_another_model_or_order_of_data_is_refused(world: Intracomm, toml: Path) -> None:
     layout = PAIRS[world.size][0]
     run(toml, world, "other", layout, "train.steps=1")
@@ -154,6 +166,7 @@ def test_another_model_or_order_of_data_is_refused(world: Intracomm, toml: Path)
         run(toml, world, "other", layout, "train.seed=1")
 
 
+@few
 def test_a_run_that_blows_up_ends_and_says_at_which_step(world: Intracomm, toml: Path) -> None:
     with pytest.raises(HpcmpError, match=r"step \d+: loss .*there is no checkpoint yet"):
         run(toml, world, "boom", PAIRS[world.size][0], "optimizer.learning_rate=1e30", "optimizer.warmup=0")
@@ -167,12 +180,14 @@ def test_the_trainer_takes_part_of_the_world(world: Intracomm, toml: Path) -> No
     assert max(losses) - min(losses) <= 1e-6 * losses[0]  # dp of different sizes: the same global batch
 
 
+@few
 def test_signals_are_left_to_the_command_line(world: Intracomm, toml: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run(toml, world, "signals", PAIRS[world.size][0], "train.steps=1")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@few
 def test_the_log_says_where_the_mesh_lies(
     world: Intracomm, toml: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,8 +63,8 @@ import numpy as np
 from hpcmp.cli import main
 from hpcmp.training.engine import Engine
 
-right = Engine.step
-def step(self, number, *data, **options):
+right = Engine.begin
+def begin(self, number, *data, **options):
     last = self.mesh.rank == self.mesh.size - 1
     if number == 2:
         if sys.argv[1] == "counts":
@@ -75,7 +75,7 @@ def step(self, number, *data, **options):
             raise ValueError("planted")
     return right(self, number, *data, **options)
 
-Engine.step = step
+Engine.begin = begin
 sys.exit(main(["train", *sys.argv[2:]]))
 """
 
@@ -90,7 +90,8 @@ def run(how: str, folder: Path) -> Ended:
         given += ["train.check_collectives=true"] if option == "raise" else []
         argv = [sys.executable, "-c", PROGRAM, option, toml, *given]
         return launch.run_mpi(2, argv, timeout=120, env=environment), folder / "run"
-    argv = [sys.executable, "-m", "tests.training.hanging", str(folder), "8" if first == "counts" else "2", first]
+    seconds = "8" if first in ("counts", "slow") else "2"
+    argv = [sys.executable, "-m", "tests.training.hanging", str(folder), seconds, first]
     return launch.run_mpi(3, [option, *argv] if option else argv, timeout=120, env=environment), folder
 
 
@@ -228,7 +229,7 @@ def test_a_training_run_that_hangs(job: Ended) -> None:
     said = diagnose(folder)
     assert done.returncode == 69 and f"hpcmp: {said[0]}\n" in done.stderr
     assert said[0].startswith("rank 1 has not joined ") and " of tp (float32, " in said[0]
-    assert " at hpcmp/" in said[0] and "; rank 1 is at <string>:14 step" in said[0]
+    assert " at hpcmp/" in said[0] and "; rank 1 is at <string>:14 begin" in said[0]
 
 
 @ended("train counts")

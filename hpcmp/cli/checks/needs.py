@@ -3,7 +3,7 @@ for. Its files are in ``files``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from ...arrays import dtype_of, module_for
 from ...batch import find_job, launcher, requeue_command
 from ...checkpoint.directory import find
 from ...errors import InputError
+from ...kernels.cuda import cudnn, libraries
 from ...training.config import Config
 from ...training.engine import architecture
 from . import cgroup, gpu, limits
@@ -25,7 +26,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Have:
     """What a rank has of what is needed; texts say what is wrong, "" if nothing. vocabulary: of the model, 0 if nobody
-    knows; free: bytes of memory of the host, or of the GPU if that is the device; nccl: its version."""
+    knows; free: bytes of memory of the host, or of the GPU if that is the device; nccl: its version; cuda: CuPy's, the
+    number before the point; no_cublaslt, no_cudnn: why they cannot be loaded."""
 
     host: str
     vocabulary: int = 0
@@ -33,6 +35,9 @@ class Have:
     blas_wrong: str = ""
     free: int = 1 << 60
     nccl: int = 0
+    cuda: int = 12
+    no_cublaslt: str = ""
+    no_cudnn: str = ""
 
 
 class Needs:
@@ -52,21 +57,35 @@ class Needs:
         return Subject(
             "run",
             self.look,
-            (self.layout_check, self.device_check, self.blas_check, self.memory_check, self.keys_check),
+            (
+                self.layout_check,
+                self.device_check,
+                self.products_check,
+                self.attention_check,
+                self.blas_check,
+                self.memory_check,
+                self.keys_check,
+            ),
         )
 
     def look(self, ranks: Ranks) -> Have:
         """This rank's."""
         train, model = self.config.train, self.config.model
         wrong_device, free = _device(train.device)
-        return Have(
+        have = Have(
             ranks.host,
             model.vocabulary or tokens(self.config.data.path)[1],
             wrong_device,
             _blas(train.blas),
             free,
-            gpu.look(ranks).nccl if train.device == "cuda" else 0,
         )
+        if train.device == "cpu":
+            return have
+        gpus = gpu.look(ranks)
+        have = replace(have, nccl=gpus.nccl, cuda=gpus.runs[1] // 1000 or 12)
+        if wrong_device:
+            return have
+        return replace(have, no_cublaslt=libraries.cublaslt().why, no_cudnn=libraries.cudnn().why)
 
     def layout_check(self, seen: list[Have]) -> Check:
         """Whether the ranks fit the layout, and tensor parallelism stays within a node."""
@@ -92,6 +111,28 @@ class Needs:
         elsewhere = "start on nodes with GPUs (the line GPUs says what is missing here), or set train.device=cpu"
         where = some(each.host for each in bad)
         return Check("train.device", "problem", f"{value} ({where})", f"`pip {pip}`" if pip else elsewhere)
+
+    def products_check(self, seen: list[Have]) -> Check | list[Check]:
+        """Whether cuBLASLt makes the matrix products of a GPU."""
+        bad = [each for each in seen if each.no_cublaslt]
+        if not bad:
+            return []
+        why, cuda = bad[0].no_cublaslt, bad[0].cuda
+        value = f"they go by cuBLAS through CuPy on {some(each.host for each in bad)}, slower: {why}"
+        library = f"`module load cuda`, or `pip install 'cupy-cuda{cuda}x[ctk]'`"
+        advice = _pip(f"cuda{cuda}") if why.startswith("No module named") else library
+        return Check("matrix products", "warn", value, advice)
+
+    def attention_check(self, seen: list[Have]) -> Check | list[Check]:
+        """Whether cuDNN makes the attention of a GPU, if the run has any that it can make."""
+        train, model = self.config.train, self.config.model
+        bad = [each for each in seen if each.no_cudnn]
+        if not bad or model.dropout or not cudnn.takes(dtype_of(train.dtype), model.head_size or 0):
+            return []
+        why, cuda = bad[0].no_cudnn, bad[0].cuda
+        value = f"it goes in tiles on {some(each.host for each in bad)}, slower than cuDNN's: {why}"
+        advice = "`unset HPCMP_CUDNN`" if "HPCMP_CUDNN" in why else _pip(f"cuda{cuda},cudnn{cuda}")
+        return Check("attention", "warn", value, advice)
 
     def blas_check(self, seen: list[Have]) -> Check | list[Check]:
         """Whether the library of matrix products is there."""
@@ -172,6 +213,10 @@ def _blas(name: str) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def _pip(extras: str) -> str:
+    return f'`pip install "hpcmp[{extras}]"`'
 
 
 def _fits(layouts: str) -> str:

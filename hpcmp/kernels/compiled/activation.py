@@ -70,12 +70,14 @@ def dropout(x: Floats, mask: DropoutMask, onto: Floats | None = None) -> Floats:
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> Floats:
     """See ``reference.rope``."""
-    y = np.empty(x.shape, x.dtype)
+    if not x.flags.c_contiguous:
+        x[...] = rope(np.ascontiguousarray(x), cos, sin)
+        return x
     (s, b, n, d), half = x.shape, cos.shape[-1]
-    source, target = np.ascontiguousarray(x).reshape(s, b * n, d), y.reshape(s, b * n, d)
+    rows = x.reshape(s, b * n, d)
     c, z = np.ascontiguousarray(cos).reshape(s, half), np.ascontiguousarray(sin).reshape(s, half)
-    share(s, x.size, lambda i, j: _rope(source[i:j], c[i:j], z[i:j], target[i:j]))
-    return y
+    share(s, x.size, lambda i, j: _rope(rows[i:j], c[i:j], z[i:j]))
+    return x
 
 
 @jit
@@ -133,15 +135,13 @@ def _dropout(x: Floats, y: Floats, drawn: Any, first: int) -> None:
 
 
 @jit
-def _rope(x: Floats, cos: Floats, sin: Floats, y: Floats) -> None:
+def _rope(x: Floats, cos: Floats, sin: Floats) -> None:
     half = cos.shape[1]
     for s in range(x.shape[0]):
         c, z = cos[s], sin[s]
         for r in range(x.shape[1]):
-            a, b, rest = x[s, r, :half], x[s, r, half : 2 * half], x[s, r, 2 * half :]
-            first, second, others = y[s, r, :half], y[s, r, half : 2 * half], y[s, r, 2 * half :]
-            for i in range(half):
-                first[i] = a[i] * c[i] - b[i] * z[i]
-                second[i] = b[i] * c[i] + a[i] * z[i]
-            for i in range(rest.size):
-                others[i] = rest[i]
+            row = x[s, r]
+            for i in range(half):  # of two slices of the row, both written, LLVM makes no vectors
+                a, b = row[i], row[half + i]
+                row[i] = a * c[i] - b * z[i]
+                row[half + i] = b * c[i] + a * z[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ def adamw(
     if not _plain(data, grad, m, v):
         specification.adamw(data, grad, m, v, out=out, **settings)
         return
-    rate, decay = settings.pop("rate"), settings.pop("decay")
-    numbers = _adam(data.dtype, **settings)
+    rate, decay, scale = settings.pop("rate"), settings.pop("decay"), np.asarray(settings.pop("grad_scale")).item()
+    if math.isnan(scale):
+        return
+    numbers = _adam(data.dtype, **settings, grad_scale=scale)
     last = data.dtype.type(rate), data.dtype.type(decay)
     share(data.size, data.size, lambda a, b: _adamw(data[a:b], grad[a:b], m[a:b], v[a:b], *numbers, *last))
     if out is not None:
@@ -54,10 +57,13 @@ def _adam(
     return tuple(dtype.type(x) for x in numbers)
 
 
-def sgd(data: Floats, grad: Floats, m: Floats, **settings: float) -> None:
+def sgd(data: Floats, grad: Floats, m: Floats, **settings: Any) -> None:
     """See ``update.sgd``."""
     if not _plain(data, grad, m):
         specification.sgd(data, grad, m, **settings)
+        return
+    settings["grad_scale"] = np.asarray(settings["grad_scale"]).item()
+    if math.isnan(settings["grad_scale"]):
         return
     numbers = [data.dtype.type(settings[key]) for key in ("rate", "momentum", "decay", "grad_scale")]
     share(data.size, data.size, lambda a, b: _sgd(data[a:b], grad[a:b], m[a:b], *numbers))

@@ -7,10 +7,10 @@ launches them. Sums are made in a fixed order: the same bits in every run.
 Nothing here has run on a GPU yet (see docs/gpu.md); tests/kernels/emulation runs it on the CPU.
 """
 
-from . import activation, attention, embedding, gemm, loss, moe, norm, positional, squares, update
+from . import activation, attention, embedding, epilogue, fp8, gemm, loss, moe, norm, positional, squares, update
 
 #: What ``hpcmp.kernels`` overrides the specification with.
-MODULES = activation, attention, embedding, gemm, loss, moe, norm, positional, squares, update
+MODULES = activation, attention, embedding, epilogue, fp8, gemm, loss, moe, norm, positional, squares, update
 
 #: The kernels here that serve 16-bit arrays as they are: all.
 NATIVE = frozenset(

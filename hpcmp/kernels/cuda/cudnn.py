@@ -62,7 +62,7 @@ class Library:
     def __init__(self) -> None:
         import cudnn
 
-        self.cudnn, self.workspaces = cudnn, dict[int, Any]()
+        self.cudnn, self.workspaces = cudnn, dict[int, list[Any]]()
         self.handle = cudnn.create_handle()
 
     def graph(self, graph: Graph, **settings: Any) -> Any:
@@ -115,14 +115,16 @@ class Library:
         return made, made.get_workspace_size()
 
     def execute(self, built: Any, pointers: tuple[int, ...]) -> None:
-        """Run a built graph over arrays at these addresses. The workspace is kept, one a stream."""
+        """Run a built graph over arrays at these addresses. The workspace is kept, one a stream; those that became too
+        small, too, since CUDA graphs may use them."""
         import cupy
 
         graph, size = built
         stream = cupy.cuda.get_current_stream().ptr
-        workspace = self.workspaces.get(stream)
-        if workspace is None or workspace.size < size:
-            workspace = self.workspaces[stream] = cupy.empty(max(size, 1), np.uint8)
+        kept = self.workspaces.setdefault(stream, [])
+        if not kept or kept[-1].size < size:
+            kept.append(cupy.empty(max(size, 1), np.uint8))
+        workspace = kept[-1]
         self.cudnn.set_stream(self.handle, stream)
         graph.execute(dict(enumerate(pointers, 1)), workspace.data.ptr, handle=self.handle)
 
@@ -148,10 +150,14 @@ def library() -> Any | None:
 _built: dict[tuple[Any, ...], Any] = {}
 
 
-def serves(q: Array, kv: Array) -> bool:
+def takes(dtype: np.dtype[Any], d: int) -> bool:
     """Whether to ask cuDNN at all: 16-bit numbers, and head sizes that are multiples of 8 up to 256."""
-    d = q.shape[-1]
-    return is_half(q.dtype) and kv.dtype == q.dtype and d % 8 == 0 and 0 < d <= 256 and library() is not None
+    return is_half(dtype) and d % 8 == 0 and 0 < d <= 256
+
+
+def serves(q: Array, kv: Array) -> bool:
+    """Whether cuDNN is here, and takes these arrays."""
+    return takes(q.dtype, q.shape[-1]) and kv.dtype == q.dtype and library() is not None
 
 
 def attention(q: Array, kv: Array, scale: float, causal: bool) -> tuple[Array, Array] | None:

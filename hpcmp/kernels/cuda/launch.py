@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,7 @@ class Cupy:
 
 _backend: Backend = Cupy()
 _kernels: dict[Any, Kernel] = {}
+_witness: Callable[[Arguments], None] | None = None
 
 
 def declare(source: str, kernels: dict[str, Iterable[str | tuple[Any, ...]]]) -> None:
@@ -107,6 +108,8 @@ def launch(
     found = _kernels.get((source, kernel, types)) or _compiled(source, kernel, types)
     if shared > _SHARED:
         found.max_dynamic_shared_size_bytes = shared
+    if _witness is not None:
+        _witness(args)
     found(grid, block, args, shared_mem=shared)
 
 
@@ -135,6 +138,17 @@ def running_on(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _backend, _kernels = before
+
+
+@contextmanager
+def witnessed(witness: Callable[[Arguments], None]) -> Iterator[None]:
+    """Show ``witness`` the arguments of each launch in the body."""
+    global _witness
+    before, _witness = _witness, witness
+    try:
+        yield
+    finally:
+        _witness = before
 
 
 def _compiled(source: str, kernel: str, types: tuple[Any, ...]) -> Kernel:

@@ -23,13 +23,13 @@ def dropout(x: Array, mask: DropoutMask, onto: Array | None = None) -> Array:
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
-    """See ``reference.rope``."""
-    (positions, *others, n), half = x.shape, cos.shape[-1]
-    x, y, cos, sin = contiguous(x), array_module(x).empty(x.shape, x.dtype), like(x, cos), like(x, sin)
-    together, pack = math.prod(others), lanes(x.dtype)
-    packs = -(-half // pack) + -(-(n - 2 * half) // pack)
-    grid, block, chunks = tiles(positions * together, packs, 1)
-    launch(
-        "positional", "rope", (x.dtype,), grid, block, x, cos, sin, y, positions * together, n, half, together, chunks
-    )
-    return y
+    """See ``reference.rope``. What does not turn is neither read nor written."""
+    (positions, samples, heads, _), half = x.shape, cos.shape[-1]
+    if x.size and half and x.strides[-1] != x.itemsize:
+        x[...] = rope(contiguous(x), cos, sin)
+        return x
+    steps = (step // x.itemsize for step in x.strides[:3])
+    grid, block, chunks = tiles(positions * samples * heads, half, lanes(x.dtype))
+    sizes = positions * samples * heads, samples, heads, half, chunks
+    launch("positional", "rope", (x.dtype,), grid, block, x, like(x, cos), like(x, sin), *steps, *sizes)
+    return x

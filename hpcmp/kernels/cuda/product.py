@@ -16,11 +16,20 @@ _ALIGNMENT = 16  # bytes: the widest access of a GPU
 
 
 class Product(NamedTuple):
-    """d = op(a) op(b), + d if ``accumulate``, + the bias on every column if ``bias``; column-major.
+    """d = op(a) op(b), + d if ``accumulate`` or + c if ``onto``, + the bias on every column if ``bias``; column-major;
+    and its epilogue.
 
     d (m, n), op(a) (m, k), op(b) (k, n), the bias (m,). op transposes what lies in memory: a is (k, m) where
     ``transpose_a``, with ``lda`` numbers from one column to the next. dtype is that of a and b, out that of d and the
     bias. alignment: the power of two, of bytes, at most 16, of which each address (a, b, d) is a multiple.
+
+    epilogue: "" for none; "gelu": d = gelu(z), and z, which would be d, is written to aux; "dgelu": d times gelu'(aux);
+    "sums": the sums of the rows of op(a) are written to where the bias is. gelu: its tanh form. aux (m, n) is packed,
+    of the dtype ``out``.
+
+    c lies as d does, elsewhere.
+
+    dtype_b: that of b where it is not a's: of 8 bits, whose scales come with the launch.
     """
 
     m: int
@@ -36,6 +45,9 @@ class Product(NamedTuple):
     accumulate: bool
     bias: bool
     alignment: tuple[int, int, int]
+    epilogue: str = ""
+    dtype_b: str = ""
+    onto: bool = False
 
 
 class Lines(NamedTuple):
@@ -58,9 +70,17 @@ def lines(x: Array) -> Lines | None:
 
 
 def product(
-    a: Array, b: Array, out: Array, at: tuple[int, int, int], *, accumulate: bool = False, bias: bool = False
+    a: Array,
+    b: Array,
+    out: Array,
+    at: tuple[int, int, int],
+    *,
+    accumulate: bool = False,
+    bias: bool = False,
+    onto: bool = False,
 ) -> tuple[Product, bool] | None:
-    """out = a b, or out += a b, + bias (n,) on every row, as cuBLAS is asked for it; None for what it cannot address.
+    """out = a b, + out or + what lies as it does, + bias (n,) on every row, as cuBLAS is asked for it; None for what
+    cuBLAS cannot address.
 
     a (m, k), b (k, n), out (m, n), none of them empty; ``at``: their addresses. cuBLAS's first operand is b; it is a if
     the second result is true, for an ``out`` that lies in columns (which takes no bias). ValueError for sizes that do
@@ -73,11 +93,12 @@ def product(
     if x is None or y is None or z is None or (z.transposed and bias):
         return None
     if z.transposed:  # out^T = b^T a^T lies in rows
-        turned = product(b.T, a.T, out.T, (at[1], at[0], at[2]), accumulate=accumulate)
+        turned = product(b.T, a.T, out.T, (at[1], at[0], at[2]), accumulate=accumulate, onto=onto)
         return turned and (turned[0], True)
     sizes, leading, turns = (n, m, k), (y.leading, x.leading, z.leading), (y.transposed, x.transposed)
     alignment = _alignment(at[1]), _alignment(at[0]), _alignment(at[2])
-    return Product(*sizes, a.dtype.name, out.dtype.name, *turns, *leading, accumulate, bias, alignment), False
+    asked = Product(*sizes, a.dtype.name, out.dtype.name, *turns, *leading, accumulate, bias, alignment, onto=onto)
+    return asked, False
 
 
 def _alignment(address: int) -> int:

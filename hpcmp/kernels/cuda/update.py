@@ -7,7 +7,7 @@ from typing import Any
 
 from ...arrays import Array, array_module
 from .. import update as specification
-from .grid import PACK
+from .grid import PACK, contiguous
 from .launch import FLOATS, declare, launch
 
 _THREADS = 256  # of a block (update.cu)
@@ -16,12 +16,19 @@ _MASTERS = "float", "double"
 declare(
     "update",
     {
+        "clip_factor": [()],
         "adamw": [(w, t) for w in _MASTERS for t in FLOATS],
         "adam_update": _MASTERS,
         "sgd": _MASTERS,
         "nesterov": _MASTERS,
     },
 )
+
+
+def clip_factor(sums: Array, factor: Array, *, clip: float | None, scale: float) -> None:
+    """See ``update.clip_factor``."""
+    limit = math.inf if clip is None else float(clip)
+    launch("update", "clip_factor", (), (1,), (1,), contiguous(sums), factor, limit, float(scale), math.nan)
 
 
 def adamw(
@@ -32,16 +39,18 @@ def adamw(
     *,
     rate: float,
     decay: float,
+    grad_scale: float | Array,
     out: Array | None = None,
     **settings: Any,
 ) -> None:
     """See ``update.adamw``."""
     if not _plain(data, grad, m, v, *([] if out is None else [out])):
-        specification.adamw(data, grad, m, v, rate=rate, decay=decay, out=out, **settings)
+        specification.adamw(data, grad, m, v, rate=rate, decay=decay, grad_scale=grad_scale, out=out, **settings)
         return
-    numbers = *_adam(**settings), float(rate), float(decay)
+    scale, factor = _scale(grad_scale)
+    numbers = *_adam(**settings, grad_scale=scale), float(rate), float(decay)
     types = data.dtype, data.dtype if out is None else out.dtype
-    launch("update", "adamw", types, _grid(data), (_THREADS,), data, grad, m, v, out, *numbers, data.size)
+    launch("update", "adamw", types, _grid(data), (_THREADS,), data, grad, m, v, out, *numbers, factor, data.size)
 
 
 def adam_update(grad: Array, m: Array, v: Array, **settings: Any) -> Array:
@@ -60,13 +69,23 @@ def _adam(*, step: int, betas: tuple[float, float], epsilon: float, grad_scale: 
     return b1, b2, 1 / (1 - b1**step), 1 / (1 - b2**step), float(epsilon), float(grad_scale)
 
 
-def sgd(data: Array, grad: Array, m: Array, *, rate: float, momentum: float, decay: float, grad_scale: float) -> None:
+def _scale(grad_scale: float | Array) -> tuple[float, Array | None]:
+    """The scale of the gradient as kernels take it: a number, or where it is."""
+    return (float(grad_scale), None) if isinstance(grad_scale, int | float) else (1.0, grad_scale)
+
+
+def sgd(
+    data: Array, grad: Array, m: Array, *, rate: float, momentum: float, decay: float, grad_scale: float | Array
+) -> None:
     """See ``update.sgd``."""
-    numbers = {"rate": float(rate), "momentum": momentum, "decay": float(decay), "grad_scale": float(grad_scale)}
+    numbers = {"rate": float(rate), "momentum": momentum, "decay": float(decay)}
     if not _plain(data, grad, m):
-        specification.sgd(data, grad, m, **numbers)
+        specification.sgd(data, grad, m, grad_scale=grad_scale, **numbers)
         return
-    launch("update", "sgd", (data.dtype,), _grid(data), (_THREADS,), data, grad, m, *numbers.values(), data.size)
+    scale = _scale(grad_scale)
+    launch(
+        "update", "sgd", (data.dtype,), _grid(data), (_THREADS,), data, grad, m, *numbers.values(), *scale, data.size
+    )
 
 
 def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float) -> Array:

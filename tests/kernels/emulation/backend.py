@@ -38,6 +38,8 @@ OUTCOMES = {
     4: "moved numbers at once at an address that is no multiple of their size, or went beyond an array of its own",
 }
 MOST = 2**31 - 1, 65535, 65535, 1024, 1024, 64  # blocks of a grid, and threads of a block, along each axis
+#: Where libraries are kept. Ranks under mpirun, whose temporary folder is another one, inherit it.
+BUILT = Path(os.environ.setdefault("HPCMP_EMULATION", f"{tempfile.gettempdir()}/hpcmp-emulation-{os.getuid()}"))
 FILL = 0xFF  # what lies beside an array, and in a new one: NaN in every type
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA sources with")
@@ -76,11 +78,10 @@ def built(text: str, expressions: tuple[str, ...]) -> ctypes.CDLL:
     whole += f"    static std::vector<Entry> all = {{{entries}}};\n    return all;\n}}\n"
     headers = b"".join(path.read_bytes() for path in sorted(INCLUDE.iterdir()))
     name = hashlib.sha256(headers + whole.encode() + " ".join(FLAGS).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"hpcmp-emulation-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{name}.so"
+    BUILT.mkdir(exist_ok=True)
+    library = BUILT / f"{name}.so"
     if not library.exists():
-        code, made = folder / f"{name}.{os.getpid()}.cpp", folder / f"{name}.{os.getpid()}.so"
+        code, made = BUILT / f"{name}.{os.getpid()}.cpp", BUILT / f"{name}.{os.getpid()}.so"
         code.write_text(whole)
         include = ["-I", str(INCLUDE), "-include", "emulation.h"]
         subprocess.run(["g++", *FLAGS, *include, "-o", str(made), str(code)], check=True, timeout=300)

@@ -73,6 +73,45 @@ __global__ void __launch_bounds__(256) add(const T* x, const T* y, T* sum, int64
     map<UNROLL / 2, true>(Plus(), x, y, sum, n, chunks);
 }
 
+// ---- z += bias, on every row, and y = gelu(z); z and y (rows, n).
+
+template <bool WHOLE, class T>
+__device__ inline void bias_gelu_tile(const Tile& tile, T* z, const T* bias, T* y, int64 n) {
+    constexpr int U = UNROLL / 2;
+    Pack<T> sum[U], added[U];
+#pragma unroll
+    for (int k = 0; k < U; k++) {
+        const int64 at = tile.begin + int64(k) * tile.step;
+        if (at < n) sum[k] = load(z, at, n, WHOLE), added[k] = load(bias, at, n, WHOLE);
+    }
+#pragma unroll
+    for (int k = 0; k < U; k++) {
+        const int64 at = tile.begin + int64(k) * tile.step;
+        if (at >= n) continue;
+        Pack<T> made;
+#pragma unroll
+        for (int c = 0; c < LANES<T>; c++) {
+            const Wide<T> whole = widen(sum[k].at[c]) + widen(added[k].at[c]);
+            sum[k].at[c] = narrow<T>(whole);
+            made.at[c] = narrow<T>(whole * gelu_gate(whole));
+        }
+        store(z, at, n, WHOLE, sum[k]);
+        store(y, at, n, WHOLE, made);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) bias_gelu(T* z, const T* bias, T* y, int64 rows, int64 n, unsigned chunks) {
+    constexpr int N = LANES<T>, U = UNROLL / 2;
+    const Tile tile(N, U, chunks);
+    if (tile.row >= rows) return;
+    z += tile.row * n, y += tile.row * n;
+    if (aligned<N>(z, n) && aligned<N>(bias) && aligned<N>(y) && tile.inside(n, U))
+        bias_gelu_tile<true>(tile, z, bias, y, n);
+    else
+        bias_gelu_tile<false>(tile, z, bias, y, n);
+}
+
 // ---- SwiGLU: x (rows, 2, n) holds gates and ups, y (rows, n).
 
 template <bool WHOLE, class T>
@@ -141,14 +180,13 @@ __global__ void __launch_bounds__(256)
         swiglu_backward_pack<false>(tile.begin, dy, gate, gate + n, dgate, dgate + n, n);
 }
 
-// ---- y = factor x, rounded to B once.
+// ---- y = x, rounded to B once.
 
 template <class A, class B>
-__global__ void __launch_bounds__(256) assign(B* y, const A* x, double factor, int64 n, unsigned chunks) {
+__global__ void __launch_bounds__(256) assign(B* y, const A* x, int64 n, unsigned chunks) {
     constexpr int N = sizeof(A) > sizeof(B) ? LANES<B> : LANES<A>, U = UNROLL / 2;
     const Tile tile(N, U, chunks);
     const bool whole = aligned<N>(x) && aligned<N>(y) && tile.inside(n, U);
-    const Wide<A> scale = Wide<A>(factor);
     Pack<A, N> read[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
@@ -161,7 +199,7 @@ __global__ void __launch_bounds__(256) assign(B* y, const A* x, double factor, i
         if (at >= n) continue;
         Pack<B, N> made;
 #pragma unroll
-        for (int k = 0; k < N; k++) made.at[k] = narrow<B>(widen(read[u].at[k]) * scale);
+        for (int k = 0; k < N; k++) made.at[k] = narrow<B>(widen(read[u].at[k]));
         store<B, N>(y, at, n, whole, made);
     }
 }

@@ -27,37 +27,31 @@ __global__ void __launch_bounds__(256) dropout(
     store(y + from, tile.begin, n, whole, made);
 }
 
-// y = (a cos - b sin, b cos + a sin, rest) of rows (a, b, rest) = x of n numbers; a, b, cos and sin have `half`, and
-// `together` rows lie at one position, which is a row of cos and sin. A thread has a pack of a and b, or one of the
-// rest.
+// In place, (a, b) of a row = (a cos - b sin, b cos + a sin), for rows of x that are `steps` apart by position, sample
+// and head; a, b, cos and sin have `half` numbers, and a position is a row of cos and sin. A thread has a pack of a and
+// the one of b that turns with it.
 template <class T>
 __global__ void __launch_bounds__(256) rope(
-    const T* x, const T* cos, const T* sin, T* y, int64 rows, int64 n, int64 half, int64 together, unsigned chunks
+    T* x, const T* cos, const T* sin, int64 step_position, int64 step_sample, int64 step_head, int64 rows,
+    int64 samples, int64 heads, int64 half, unsigned chunks
 ) {
     constexpr int N = LANES<T>;
     using W = Wide<T>;
-    const Tile tile(1, 1, chunks);
-    if (tile.row >= rows) return;
-    x += tile.row * n, y += tile.row * n;
-    const int64 pairs = (half + N - 1) / N, rest = n - 2 * half;
-    const bool even = half % N == 0;
-    if (tile.begin >= pairs) {
-        const int64 at = (tile.begin - pairs) * N;
-        const bool whole = even && aligned<N>(x) && aligned<N>(y) && at + N <= rest;
-        if (at < rest) store(y + 2 * half, at, rest, whole, load(x + 2 * half, at, rest, whole));
-        return;
-    }
-    const int64 at = tile.begin * N;
-    const T *angle_cos = cos + tile.row / together * half, *angle_sin = sin + tile.row / together * half;
-    const bool whole = even && aligned<N>(x) && aligned<N>(y) && aligned<N>(cos) && aligned<N>(sin);
-    Pack<T> a = load(x, at, half, whole), b = load(x + half, at, half, whole);
-    const Pack<T> c = load(angle_cos, at, half, whole), s = load(angle_sin, at, half, whole);
+    const Tile tile(N, 1, chunks);
+    if (tile.row >= rows || tile.begin >= half) return;
+    const unsigned above = unsigned(tile.row) / unsigned(heads), head = unsigned(tile.row) - above * unsigned(heads);
+    const unsigned position = above / unsigned(samples), sample = above - position * unsigned(samples);
+    T* row = x + position * step_position + sample * step_sample + head * step_head;
+    cos += position * half, sin += position * half;
+    const bool whole = half % N == 0 && aligned<N>(row) && aligned<N>(cos) && aligned<N>(sin);
+    Pack<T> a = load(row, tile.begin, half, whole), b = load(row + half, tile.begin, half, whole);
+    const Pack<T> c = load(cos, tile.begin, half, whole), s = load(sin, tile.begin, half, whole);
 #pragma unroll
     for (int k = 0; k < N; k++) {
         const W first = widen(a.at[k]), second = widen(b.at[k]), u = widen(c.at[k]), v = widen(s.at[k]);
         a.at[k] = narrow<T>(first * u - second * v);
         b.at[k] = narrow<T>(second * u + first * v);
     }
-    store(y, at, half, whole, a);
-    store(y + half, at, half, whole, b);
+    store(row, tile.begin, half, whole, a);
+    store(row + half, tile.begin, half, whole, b);
 }

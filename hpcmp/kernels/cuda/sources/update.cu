@@ -4,6 +4,14 @@
 
 constexpr int THREADS = 256;
 
+// What a step multiplies its gradient by, from the sum of its squares and the loss; `nothing` (NaN) if one of them is not
+// finite, as x - x tells, or it was NaN before: every further step then changes nothing, too. One thread.
+__global__ void clip_factor(const double* sums, double* factor, double clip, double scale, double nothing) {
+    const double norm = sqrt(sums[0]) / scale, loss = sums[1], before = *factor;
+    const bool sound = norm - norm == 0 && loss - loss == 0 && before == before;
+    *factor = sound ? (norm <= clip ? 1.0 : clip / norm) / scale : nothing;
+}
+
 // Adam's moments move on; its direction, before the learning rate.
 template <class W> struct Adam {
     W b1, c1, b2, c2, r1, r2, epsilon, scale;
@@ -19,15 +27,17 @@ template <class W> struct Adam {
     }
 };
 
-// AdamW; `out` gets the new weights too, rounded, unless it is null. r1 and r2: 1 / (1 - b^t).
+// AdamW; `out` gets the new weights too, rounded, unless it is null. r1 and r2: 1 / (1 - b^t). The gradient is multiplied
+// by `scale`, or unless it is null by `*factor`; by NaN: nothing changes.
 template <class W, class T>
 __global__ void __launch_bounds__(THREADS) adamw(
     W* data, const W* grad, W* m, W* v, T* out, double b1, double b2, double r1, double r2, double epsilon, double scale,
-    double rate, double decay, int64 n
+    double rate, double decay, const double* factor, int64 n
 ) {
     constexpr int N = LANES<W>;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
-    if (at >= n) return;
+    if (factor) scale = *factor;
+    if (at >= n || scale != scale) return;
     const Adam<W> adam(b1, b2, r1, r2, epsilon, scale);
     const W step = rate, shrink = decay;
     const bool whole = at + N <= n && aligned<N>(data) && aligned<N>(grad) && aligned<N>(m) && aligned<N>(v) && aligned<N>(out);
@@ -63,14 +73,16 @@ __global__ void __launch_bounds__(THREADS) adam_update(
     store(v, at, n, whole, second);
 }
 
-// m <- momentum m + g; data <- data - rate (m + decay data).
+// m <- momentum m + g; data <- data - rate (m + decay data). scale, factor: as for AdamW.
 template <class W>
 __global__ void __launch_bounds__(THREADS) sgd(
-    W* data, const W* grad, W* m, double rate, double momentum, double decay, double scale, int64 n
+    W* data, const W* grad, W* m, double rate, double momentum, double decay, double scale,
+    const double* factor, int64 n
 ) {
     constexpr int N = LANES<W>;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
-    if (at >= n) return;
+    if (factor) scale = *factor;
+    if (at >= n || scale != scale) return;
     const bool whole = at + N <= n && aligned<N>(data) && aligned<N>(grad) && aligned<N>(m);
     Pack<W> weight = load(data, at, n, whole), mean = load(m, at, n, whole);
     const Pack<W> gradient = load(grad, at, n, whole);
