@@ -21,32 +21,38 @@ template <class W> struct Parts {
     }
 };
 
-template <bool WHOLE, class T> __device__ inline Parts<Wide<T>> row_parts(const T* x, int64 n) {
-    using W = Wide<T>;
-    constexpr int N = LANES<T>;
-    Parts<W> parts = {nothing<W>(), 0};
-    const int64 step = int64(blockDim.x) * N;
-    for (int64 begin = int64(threadIdx.x) * N; begin < n; begin += AHEAD * step) {
+// each(at, pack) for this thread's packs of a row of n numbers, AHEAD of which are on the way at once.
+template <bool WHOLE, class T, class Each> __device__ inline void row_packs(const T* x, int64 n, Each each) {
+    const int64 step = int64(blockDim.x) * LANES<T>;
+    for (int64 begin = int64(threadIdx.x) * LANES<T>; begin < n; begin += AHEAD * step) {
         Pack<T> packs[AHEAD];
 #pragma unroll
         for (int a = 0; a < AHEAD; a++)
             if (begin + a * step < n) packs[a] = load(x, begin + a * step, n, WHOLE);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            const int64 at = begin + a * step;
-            if (at >= n) break;
-            W values[N], top = nothing<W>();
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                values[k] = WHOLE || at + k < n ? widen(packs[a].at[k]) : nothing<W>();
-                top = Max::of(top, values[k]);
-            }
-            parts.raise(top);
-            const W shift = parts.top == nothing<W>() ? W(0) : parts.top;  // else exp(-inf + inf)
-#pragma unroll
-            for (int k = 0; k < N; k++) parts.total += exponential(values[k] - shift);
+            if (begin + a * step >= n) break;
+            each(begin + a * step, packs[a]);
         }
     }
+}
+
+template <bool WHOLE, class T> __device__ inline Parts<Wide<T>> row_parts(const T* x, int64 n) {
+    using W = Wide<T>;
+    constexpr int N = LANES<T>;
+    Parts<W> parts = {nothing<W>(), 0};
+    row_packs<WHOLE>(x, n, [&](int64 at, const Pack<T>& pack) {
+        W values[N], top = nothing<W>();
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            values[k] = WHOLE || at + k < n ? widen(pack.at[k]) : nothing<W>();
+            top = Max::of(top, values[k]);
+        }
+        parts.raise(top);
+        const W shift = parts.top == nothing<W>() ? W(0) : parts.top;  // else exp(-inf + inf)
+#pragma unroll
+        for (int k = 0; k < N; k++) parts.total += exponential(values[k] - shift);
+    });
     return parts;
 }
 
@@ -72,25 +78,14 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_parts(
 template <bool WHOLE, class T>
 __device__ inline void row_backward(T* x, int64 n, Wide<T> scale, Wide<T> lse, int64 column) {
     using W = Wide<T>;
-    constexpr int N = LANES<T>;
-    const int64 step = int64(blockDim.x) * N;
-    for (int64 begin = int64(threadIdx.x) * N; begin < n; begin += AHEAD * step) {
-        Pack<T> packs[AHEAD];
+    row_packs<WHOLE>(x, n, [&](int64 at, Pack<T>& pack) {
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++)
-            if (begin + a * step < n) packs[a] = load(x, begin + a * step, n, WHOLE);
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            const int64 at = begin + a * step;
-            if (at >= n) break;
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                const W p = exponential(widen(packs[a].at[k]) - lse);
-                packs[a].at[k] = narrow<T>(scale * (at + k == column ? p - W(1) : p));
-            }
-            store(x, at, n, WHOLE, packs[a]);
+        for (int k = 0; k < LANES<T>; k++) {
+            const W p = exponential(widen(pack.at[k]) - lse);
+            pack.at[k] = narrow<T>(scale * (at + k == column ? p - W(1) : p));
         }
-    }
+        store(x, at, n, WHOLE, pack);
+    });
 }
 
 template <class T>
