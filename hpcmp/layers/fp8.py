@@ -139,10 +139,14 @@ class Fp8Linear(LinearProducts):
         dy.codes = None  # what is left waits for the weight's gradient
         return dx if onto is None else kernels.of(dx).add(onto, dx)
 
-    def add_outer(self, weight: Parameter, rows: int, x: Factor, dy: Factor) -> None:
+    def add_outer(
+        self, weight: Parameter, rows: int, x: Factor, factor: Factor, bias_grad: Array | None = None, dy: Array = None
+    ) -> None:
         grad = matrix(weight.grad, rows)
-        formats = x.format, dy.format
-        kernels.of(grad).fp8_product(grad, x.turned, dy.turned, x.inverse, dy.inverse, formats, accumulate=True)
+        scales, formats = (x.inverse, factor.inverse), (x.format, factor.format)
+        kernels.of(grad).fp8_product(grad, x.turned, factor.turned, *scales, formats, accumulate=True)
+        if bias_grad is not None:
+            kernels.of(dy).add_rows(bias_grad, dy)
 
     def _product(
         self, a: Array, b: Array, x: Factor, w: Factor, shape: tuple[int, ...], bias: Array | None = None

@@ -87,15 +87,10 @@ class ColumnParallelLinear(Module):
 
     def backward_weight(self, x: Array, factors: list[Any], dys: list[Any]) -> None:
         """dW += X^T dY, db += sum dY. factors: what ``products`` multiplies for the dys."""
-        k, again = kernels.of(x), self.products.input(x, again=True)
+        again = self.products.input(x, again=True)
         for factor, dy, (name, weight) in zip(factors, dys, self.weights.items(), strict=True):
             bias = self.biases[_bias(name)].grad.reshape(-1) if self.biases else None
-            if bias is not None and factor is dy:
-                k.add_outer_and_rows(matrix(weight.grad, 1), bias, x, dy)
-                continue
-            self.products.add_outer(weight, 1, again, factor)
-            if bias is not None:
-                k.add_rows(bias, dy)
+            self.products.add_outer(weight, 1, again, factor, bias, dy)
 
 
 class RowParallelLinear(Module):
@@ -146,13 +141,9 @@ class RowParallelLinear(Module):
 
     def backward_weight(self, x: Array, factor: Any, dy: Array) -> None:
         """dW += X^T dY, by what ``products`` multiplies for the whole dY; db += sum of this rank's own dY."""
-        k, flat = kernels.of(x), matrix(x, x.ndim - self.rank, keep=True)
-        if self.bias is not None and factor is dy:
-            k.add_outer_and_rows(matrix(self.weight.grad, self.rank), self.bias.grad, flat, dy)
-            return
-        self.products.add_outer(self.weight, self.rank, self.products.input(flat, again=True), factor)
-        if self.bias is not None:
-            k.add_rows(self.bias.grad, dy)
+        again = self.products.input(matrix(x, x.ndim - self.rank, keep=True), again=True)
+        bias = self.bias.grad if self.bias is not None else None
+        self.products.add_outer(self.weight, self.rank, again, factor, bias, dy)
 
 
 class ParallelHead(Module):

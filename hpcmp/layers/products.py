@@ -38,9 +38,18 @@ class LinearProducts:
         dx: Array = k.matmul_transposed(dy, w) if onto is None else k.matmul_onto(dy, w.T, onto)
         return dx
 
-    def add_outer(self, weight: Parameter, rows: int, x: Any, dy: Any) -> None:
-        """dw += x^T dy, into ``weight.grad``."""
-        kernels.of(x).add_outer(matrix(weight.grad, rows), x, dy)
+    def add_outer(
+        self, weight: Parameter, rows: int, x: Any, factor: Any, bias_grad: Array | None = None, dy: Array = None
+    ) -> None:
+        """dw += x^T dy, into ``weight.grad``, of what ``input`` and ``gradient`` made; and bias_grad += the sum of the
+        rows of ``dy``, which need not be those of ``factor``, if it is there."""
+        k, grad = kernels.of(x), matrix(weight.grad, rows)
+        if bias_grad is not None and factor is dy:
+            k.add_outer_and_rows(grad, bias_grad, x, dy)
+            return
+        k.add_outer(grad, x, factor)
+        if bias_grad is not None:
+            k.add_rows(bias_grad, dy)
 
 
 class Products:

@@ -147,9 +147,8 @@ def scaled(
     if not (lie and out.size and k) or any(x % 16 for x in (m, n, k, *at)):  # what NVIDIA's documentation asks for
         return False
     added = bias is not None and is_half(out.dtype)  # with a result in float32 its biases are bfloat16
-    if bias is not None and not added:
-        out[...] = bias
-        accumulate = True
+    preload = bias is not None and not added
+    accumulate = accumulate or preload
     beside = 0 if bias is None or not added else address(bias := _beside(bias, out))
     where = address(scales[1]), address(scales[0])  # cuBLAS's first matrix is b
     key = "scaled", names, m, n, k, out.strides, out.dtype, accumulate, added
@@ -160,6 +159,8 @@ def scaled(
         _plans[key] = next(filter(None, plans), None), False, False
     launch = _plans[key][0]
     if launch is not None:
+        if preload:
+            out[...] = bias
         launch(at[1], at[0], at[2], beside, 0, where)
     return launch is not None
 
