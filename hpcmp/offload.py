@@ -12,6 +12,7 @@ Ren et al., "ZeRO-Offload", 2021 (optimizer states).
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -52,24 +53,29 @@ class Copies:
 
 class CudaCopies(Copies):
     """A stream for each direction. A copy starts after the work queued so far, and ``wait`` makes what is queued from
-    then on run after it; neither blocks the host. Never run on a GPU."""
+    then on run after it; neither blocks the host. Never run on a GPU.
+
+    The host's arrays are held until their copies are over: CuPy's pool of pinned memory hands out at once what is let
+    go of, to be written by the host while the GPU still reads or writes it.
+    """
 
     smallest = 1 << 16
 
     def __init__(self, xp: ModuleType) -> None:
         self.xp = xp
         self.leaving, self.coming = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
+        self._held: deque[tuple[Any, Array]] = deque()  # with the events of the ends of their copies
 
     def away(self, x: Array, out: Array | None = None) -> Pending:
         import cupyx  # ships with CuPy
 
         x = self.xp.ascontiguousarray(x)
         host = cupyx.empty_pinned(x.shape, x.dtype) if out is None else out
-        return self._queue(self.leaving, lambda s: x.get(stream=s, out=host, blocking=False), host, x)
+        return self._queue(self.leaving, lambda s: x.get(stream=s, out=host, blocking=False), host, host, x)
 
     def back(self, x: Array) -> Pending:
         device = self.xp.empty(x.shape, x.dtype)
-        return self._queue(self.coming, lambda s: device.set(x, stream=s), device, x)
+        return self._queue(self.coming, lambda s: device.set(x, stream=s), x, device, x)
 
     def finish(self) -> None:
         self.leaving.synchronize()
@@ -81,6 +87,7 @@ class CudaCopies(Copies):
         host = cupyx.empty_pinned(x.shape, x.dtype)
         x.get(stream=stream, out=host, blocking=False)
         done.record(stream)
+        self._hold(host, done)
 
         def wait() -> Array:
             done.synchronize()
@@ -88,13 +95,19 @@ class CudaCopies(Copies):
 
         return wait
 
-    def _queue(self, stream: Any, copy: Callable[[Any], Any], result: Array, source: Array) -> Pending:
+    def _queue(self, stream: Any, copy: Callable[[Any], Any], host: Array, result: Array, source: Array) -> Pending:
         ready, done = (self.xp.cuda.Event(disable_timing=True) for _ in range(2))
         ready.record(self.xp.cuda.get_current_stream())
         stream.wait_event(ready)
         copy(stream)
         done.record(stream)
+        self._hold(host, done)
         return Pending(result, [_Done(self.xp, done)], None, source)
+
+    def _hold(self, host: Array, done: Any) -> None:
+        self._held.append((done, host))
+        while self._held and self._held[0][0].done:
+            self._held.popleft()
 
 
 class _Done:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from hpcmp import wgrad
 from hpcmp.arrays import Array
 from hpcmp.comm.base import Pending
 from hpcmp.module import Module, Sequential
-from hpcmp.offload import Copies, Host, Offload
+from hpcmp.offload import Copies, CudaCopies, Host, Offload
 from hpcmp.testing import gradcheck
 from hpcmp.training.verify import source_of
 from hpcmp.wgrad import WGrad
@@ -169,6 +171,52 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     assert handle.fetch().wait() is x
     handle.store(x)
     assert handle.host() is x
+
+
+class Far(np.ndarray):
+    """An array as CuPy's are, whose copies begin and do not end."""
+
+    def get(self, stream: Any, out: Array, blocking: bool) -> None:
+        assert not blocking
+
+    def set(self, x: Array, stream: Any) -> None:
+        """Nothing yet."""
+
+
+@pytest.mark.parametrize("way", ["away", "back", "read"])
+def test_pinned_memory_is_held_until_its_copy_is_over(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else holds it, and CuPy's pool would hand it out to the next who asks."""
+    events: list[Any] = []
+
+    def event(disable_timing: bool) -> Any:
+        events.append(SimpleNamespace(done=False, record=lambda stream: None))
+        return events[-1]
+
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    cuda = SimpleNamespace(Stream=lambda non_blocking: stream, Event=event, get_current_stream=lambda: stream)
+    xp: Any = SimpleNamespace(cuda=cuda, empty=lambda *given: np.empty(*given).view(Far), ascontiguousarray=lambda x: x)
+    pinned: list[Any] = []
+
+    def empty_pinned(*given: Any) -> Array:
+        made = np.empty(*given)
+        pinned.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(empty_pinned=empty_pinned))
+    copies = CudaCopies(xp)
+    if way == "read":
+        copies.read(xp.empty(3))
+    elif way == "back":
+        copies.back(empty_pinned(3)).wait()  # for what is queued from now on: the host does not wait
+    else:
+        copies.away(xp.empty(3)).wait()
+    gc.collect()
+    assert pinned[0]() is not None
+    for each in events:
+        each.done = True
+    copies.away(xp.empty(3))
+    gc.collect()
+    assert pinned[0]() is None
 
 
 def test_gradients() -> None:
