@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,26 @@ def ranks(layout: str) -> int:
 # A job's side
 
 
+#: ``begin(i)`` begins step number i, and returns what waits for the step and gives its loss.
+Begin = Callable[[int], Callable[[], float]]
+
+
+def at_once(step: Callable[[int], float]) -> Begin:
+    """Of a ``step(i)`` that returns its loss, after which nothing is left to do."""
+
+    def begin(i: int) -> Callable[[], float]:
+        loss = step(i)
+        return lambda: loss
+
+    return begin
+
+
 def serve(
-    address: str, rank: int, step: Callable[[int], float], base: int, others: Mapping[str, Callable[[], Any]]
+    address: str, rank: int, begin: Begin, base: int, others: Mapping[str, Callable[[], Any]], ahead: int = 0
 ) -> None:
-    """Obey the driver at ``address`` until it hangs up. ``step(i)`` runs step number i and returns its loss, after
-    which nothing is left to do; ``others`` are further orders, each of which returns something for JSON. ``base``: the
-    memory of the process before it made the model."""
+    """Obey the driver at ``address`` until it hangs up. ``ahead``: how many further steps are begun before a result is
+    asked for; ``others`` are further orders, each of which returns something for JSON. ``base``: the memory of the
+    process before it made the model."""
     orders = {"memory": lambda: [memory(), base], **others}
     at = 0
     with socket.socket(socket.AF_UNIX) as driver:
@@ -93,17 +108,24 @@ def serve(
             if order["do"] != "steps":
                 _say(lines, orders[order["do"]]())
                 continue
-            losses, seconds = [], []
-            for _ in range(order["warm"]):
-                losses.append(step(at))
-                at += 1
-            used = time.process_time()
-            for _ in range(order["n"]):
-                start = time.perf_counter()
-                losses.append(step(at))
-                seconds.append(time.perf_counter() - start)
-                at += 1
-            _say(lines, {"seconds": seconds, "losses": losses, "cpu": time.process_time() - used})
+            _say(lines, _steps(begin, at, order["warm"], order["n"], ahead))
+            at += order["warm"] + order["n"]
+
+
+def _steps(begin: Begin, first: int, warm: int, n: int, ahead: int) -> dict[str, Any]:
+    """Run steps from ``first`` on; what the last ``n`` took. A step lasts from the result before it to its own."""
+    under: deque[Callable[[], float]] = deque()
+    losses, begun, at = [], [], [(time.perf_counter(), time.process_time())]
+    for i in range(warm + n + ahead):
+        if i < warm + n:
+            start = time.perf_counter()
+            under.append(begin(first + i))
+            begun.append(time.perf_counter() - start)
+        if i >= ahead:
+            losses.append(under.popleft()())
+            at.append((time.perf_counter(), time.process_time()))
+    seconds = [end - start for (start, _), (end, _) in zip(at[warm:], at[warm + 1 :], strict=False)]
+    return {"seconds": seconds, "begun": begun, "losses": losses, "cpu": at[-1][1] - at[warm][1]}
 
 
 def memory() -> int:
@@ -172,8 +194,9 @@ class Job:
         return [self._read(lines) for lines in self._ranks]
 
     def turn(self, n: int, warm: int = 1) -> dict[str, Any]:
-        """``n`` steps after ``warm``: the slowest process's mean seconds, those of the best step, the
-        processor time of all, the share of the machine that others had, and the losses."""
+        """``n`` steps after ``warm``: the slowest process's mean seconds, those of the best step, those that it took to
+        begin the step that was begun fastest, the processor time of all, the share of the machine that others had, and
+        the losses."""
         before, start = _busy(), time.monotonic()
         answers = self.ask("steps", n=n, warm=warm)
         busy, span = _busy() - before, time.monotonic() - start
@@ -182,6 +205,7 @@ class Job:
         return {
             "seconds": max(sum(a["seconds"]) for a in answers) / n,
             "best": min(map(max, zip(*(a["seconds"] for a in answers), strict=True))),
+            "begun": max(min(a["begun"]) for a in answers),
             "cpu_seconds": used / n,
             "others": max(0.0, busy - used * scale) / (span * (os.cpu_count() or 1)),
             "losses": answers[0]["losses"],

@@ -3,11 +3,17 @@
     python benchmarks/gpu_step.py --torch PYTHON
 
 Tokens a second, model FLOP utilisation, memory, and kernels launched in a step, of GPT with 125M, 1.3B and 2.7B
-parameters in bfloat16 at 1024 to 8192 tokens a sample, beside the same model in PyTorch (fused attention,
-cross-entropy and AdamW, under autocast), eager and compiled. PYTHON is an interpreter that has PyTorch (this one, if it
-has; without any, hpcmp is measured alone). All start from the same weights, see the same tokens, and must have the same
-losses. Small models take turns, all of them in the GPU's memory at once; of larger ones each has the GPU to itself,
-there and back: the first is also the last. A program that fails, for want of memory say, has its error in the table.
+parameters in bfloat16 at 1024 to 8192 tokens a sample, beside the same model in PyTorch (fused attention and AdamW,
+weights of 16 bits with float32 ones in the optimizer). PYTHON is an interpreter that has PyTorch (this one, if it has;
+without any, hpcmp is measured alone). All start from the same weights, see the same tokens, and must have the same
+losses. Every program queues a step while the device runs the one before, whose loss it reads then, as ``train.ahead``
+does: what is timed is from loss to loss. Small models take turns, all of them in the GPU's memory at once; of larger
+ones each has the GPU to itself, there and back: the first is also the last. A program that fails, for want of memory
+say, has its error in the table. --variants: how PyTorch runs, of
+
+    eager, compiled, graphs (compiled, with CUDA graphs: beside hpcmp's --graphs); before each of them
+    autocast-: weights in float32 alone, of which autocast makes those of 16 bits, and a residual stream in float32
+    cudnn-: attention by cuDNN, as hpcmp's, where PyTorch would take FlashAttention
 
     python benchmarks/gpu_step.py --device cpu --models tiny      # whether it works, without a GPU
 """
@@ -42,9 +48,19 @@ TOGETHER = 3e8  # parameters up to which all programs are in memory at once
 FORMULA = """\
 Model FLOPs of a step: 6 x tokens x (12 x layers x hidden^2 + vocabulary x hidden + layers x sequence x hidden): forward
 and backward of all weights, and of attention what a causal mask leaves; nothing for what is computed twice."""
-HEAD = """\
-| model | sequence | batch | program | tokens/s | against hpcmp | MFU | GB of the pool | GB of the process | launches |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    *("model", "sequence", "batch", "program", "tokens/s", "against hpcmp", "MFU", "ms a step", "ms host"),
+    *("GB of the pool", "GB of the process", "launches"),
+)
+HEAD = f"""\
+A step lasts from the loss before its own, on the host, to its own; on a GPU the next step is queued in between. Host:
+what queueing a step takes, that of a turn which went fastest (others may wait for room in the driver's queue).
+
+| {" | ".join(COLUMNS)} |
+{"|---" * len(COLUMNS)}|"""
+#: Of the peer: the mode of torch.compile.
+VARIANTS = {"eager": "", "compiled": "default", "graphs": "reduce-overhead"}
+BEFORE = {"autocast", "cudnn"}
 
 
 def size_of(model: str, sequence: int, tokens: int) -> Size:
@@ -66,8 +82,10 @@ def programs(size: Size, args: argparse.Namespace, python: str | None, weights: 
     what = ["--model", json.dumps(dataclasses.asdict(size)), "--device", args.device, "--dtype", args.dtype]
     mine = module(sys.executable, "hpcmp_gpu_step", *what, "--recompute", args.recompute, "--fp8", args.fp8)
     made = [("hpcmp", mine)] + ([("hpcmp graphs", [*mine, "--graphs"])] if args.graphs else [])
-    for variant in args.variants.split(",") if python else ():
-        more = ["--compile"] if variant == "compiled" else []
+    for variant in filter(None, args.variants.split(",") if python else ()):
+        *given, name = variant.split("-")
+        mode = ["--compile", VARIANTS[name]] if VARIANTS[name] else []
+        more = mode + [f"--{word}" for word in given]
         made.append((f"PyTorch {variant}", module(str(python), "torch_gpu_step", *what, "--weights", weights, *more)))
     return made
 
@@ -79,10 +97,11 @@ def session(commands: list[Command], rounds: int, steps: int) -> dict[str, dict[
         for name, command in commands:
             running.append(Job(name, [command], 1, {"PYTHONPATH": str(ROOT)}, patience=1800))
         losses = {job.name: job.turn(3, warm=0)["losses"] for job in running}
-        turns: dict[str, list[float]] = {job.name: [] for job in running}
+        turns: dict[str, list[dict[str, float]]] = {job.name: [] for job in running}
         for i in range(rounds):
             for job in running[i % len(running) :] + running[: i % len(running)]:
-                turns[job.name].append(job.turn(steps)["seconds"])
+                turn = job.turn(steps)
+                turns[job.name].append({key: turn[key] for key in ("seconds", "begun")})
         found = {}
         for job in running:
             facts = {order: job.ask(order)[0] for order in ("usage", "facts", "peak", "launches")}
@@ -156,10 +175,11 @@ def measure(model: str, sequence: int, args: argparse.Namespace, python: str | N
 
 def figures(each: dict[str, Any], size: Size, peak: float, mine: dict[str, Any] | None) -> dict[str, Any]:
     """A program's figures from its turns. ratio: how much longer its step is than hpcmp's."""
-    seconds = spread(each["turns"])
-    ratio = seconds["median"] / spread(mine["turns"])["median"] if mine else None
+    seconds, host = (spread([turn[key] for turn in each["turns"]]) for key in ("seconds", "begun"))
+    ratio = seconds["median"] / spread([turn["seconds"] for turn in mine["turns"]])["median"] if mine else None
     return each | {
         "seconds": seconds,
+        "host": host,
         "tokens_per_second": size.tokens / seconds["median"],
         "mfu": size.flops / seconds["median"] / peak,
         "ratio": ratio,
@@ -171,12 +191,13 @@ def row(cell: dict[str, Any], name: str) -> str:
     each, size = cell["programs"][name], cell["size"]
     start = f"| {cell['model']} | {size['sequence']} | {size['batch']} | {name} | "
     if "failed" in each:
-        return f"{start}{each['failed'].replace('|', '/')} | – | – | – | – | – |"
+        return f"{start}{each['failed'].replace('|', '/')} | – | – | – | – | – | – | – |"
     pool, process = (gigabytes(each["usage"][key]) for key in ("pool", "process"))
     ratio = "–" if each["ratio"] is None else f"{each['ratio']:.2f}"
     launched = "–" if each["launches"] is None else str(each["launches"])
-    rest = f"{each['tokens_per_second']:,.0f} | {ratio} | {each['mfu']:.1%} | {pool} | {process} | {launched} |"
-    return start + rest
+    step, host = (f"{1e3 * each[key]['median']:.4g}" for key in ("seconds", "host"))
+    speed = f"{each['tokens_per_second']:,.0f} | {ratio} | {each['mfu']:.1%}"
+    return f"{start}{speed} | {step} | {host} | {pool} | {process} | {launched} |"
 
 
 def gigabytes(number: int | None) -> str:
@@ -192,7 +213,7 @@ def text(result: dict[str, Any]) -> str:
     ran = [cell for cell in cells if cell["peak"]]
     peaks = {f"{cell['device']}: peak {cell['peak'] / 1e12:.4g} TFLOP/s, {cell['peak_of']}" for cell in ran}
     lines += [FORMULA, *sorted(peaks), *sorted(facts)]
-    lines += ["A ratio above 1 means that hpcmp is faster. Medians of the turns; times are of whole steps."]
+    lines += ["A ratio above 1 means that hpcmp is faster. Medians of the turns."]
     return "\n".join(lines) + "\n"
 
 
@@ -208,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", default="eager,compiled")
     parser.add_argument("--turns", choices=("auto", "together", "apart"), default="auto")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="timed in a turn, after one that is not")
+    parser.add_argument("--steps", type=int, default=20, help="timed in a turn, after one that is not")
     parser.add_argument("--recompute", default="none", help="layout.recompute of hpcmp")
     parser.add_argument("--graphs", action="store_true", help="hpcmp with CUDA graphs, too")
     parser.add_argument("--fp8", choices=("none", "current", "delayed"), default="none", help="train.fp8 of hpcmp")
@@ -219,6 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.models.split(",") if name not in MODELS]:
         raise SystemExit(f"--models {','.join(unknown)}: there are {', '.join(MODELS)}")
+    words = [variant.split("-") for variant in filter(None, args.variants.split(","))]
+    if unknown := ["-".join(each) for each in words if each[-1] not in VARIANTS or not BEFORE.issuperset(each[:-1])]:
+        raise SystemExit(
+            f"--variants {','.join(unknown)}: there are {', '.join(VARIANTS)}; before them autocast-, cudnn-"
+        )
     python, result = find_torch(args.torch), {"machine": machine(), "cells": list[dict[str, Any]]()}
     args.results.mkdir(parents=True, exist_ok=True)
     stem = args.results / "-".join([str(result["machine"]["date"]).split()[0], "gpu-step", *args.label])

@@ -4,7 +4,7 @@
 
 float32. The kernels take turns, call by call, with a copy of 64 MiB, so that all three meet the same machine; the
 figures are medians. GB/s: what a kernel must read and write, once, by its time; for attention the GFLOP/s of its matrix
-products, counting what the causal mask leaves.
+products, counting what the causal mask leaves, of each document alone where documents are kept apart.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hpcmp import kernels
+from hpcmp.documents import First
 from hpcmp.random import DropoutMask
 
 RNG = np.random.default_rng(0)
@@ -68,16 +69,22 @@ def element_wise() -> dict[str, tuple[list[Any], dict[str, Any], int]]:
     }
 
 
-def attention(s: int, b: int, n: int, rate: float, d: int = 64) -> dict[str, tuple[list[Any], dict[str, Any], int]]:
-    """Causal attention, forward and backward, perhaps with dropout; in place of bytes its operations."""
+def attention(
+    s: int, b: int, n: int, rate: float, document: int = 0, d: int = 64
+) -> dict[str, tuple[list[Any], dict[str, Any], int]]:
+    """Causal attention, forward and backward, perhaps with dropout, or with documents of so many tokens kept apart;
+    in place of bytes its operations."""
     q, do, kv = real(s, b, n, d), real(s, b, n, d), real(s, b, n, 2, d)
     samples, heads = np.arange(b)[:, None, None], np.arange(n)[:, None]
     mask = DropoutMask(rate, (1, 2), np.arange(s), samples, (slice(0, s),), heads) if rate else None
-    o, lse = kernels.REFERENCE.attention(q, kv, d**-0.5, mask)
-    product = b * n * s * (s + 1) * d
+    length, settings = document or s, {}
+    if document:
+        settings["first"] = First.of(np.broadcast_to(np.arange(s) // document * document, (b, s)), np)
+    o, lse = kernels.REFERENCE.attention(q, kv, d**-0.5, mask, **settings)
+    product = b * n * s * (length + 1) * d
     return {
-        "attention": ([q, kv, d**-0.5, mask], {}, 2 * product),
-        "attention_backward": ([do, q, kv, o, lse, d**-0.5, mask], {}, 5 * product),
+        "attention": ([q, kv, d**-0.5, mask], settings, 2 * product),
+        "attention_backward": ([do, q, kv, o, lse, d**-0.5, mask], settings, 5 * product),
     }
 
 
@@ -118,9 +125,10 @@ def main() -> None:
     print("| kernel | NumPy, ms | compiled, ms | times as fast | GB/s (GFLOP/s) | of a copy's bandwidth |")
     print("|---|---|---|---|---|---|")
     cases = [(name, name, *case) for name, case in element_wise().items()]
-    for s, b, n, rate in ((256, 8, 4, 0.0), (512, 4, 8, 0.0), (512, 4, 8, 0.1), (2048, 1, 8, 0.0)):
-        size = f"s={s}, b={b}, n={n}" + (", dropout" if rate else "")
-        cases += [(name, f"{name}, {size}", *case) for name, case in attention(s, b, n, rate).items()]
+    sizes = (256, 8, 4, 0.0), (512, 4, 8, 0.0), (512, 4, 8, 0.1), (2048, 1, 8, 0.0), (2048, 1, 8, 0.0, 256)
+    for s, b, n, rate, *document in sizes:
+        size = f"s={s}, b={b}, n={n}" + (", dropout" if rate else "") + "".join(f", documents of {m}" for m in document)
+        cases += [(name, f"{name}, {size}", *case) for name, case in attention(s, b, n, rate, *document).items()]
     for name, label, arguments, settings, work in cases:
         if not args.names or name in args.names:
             print(row(name, label, arguments, settings, work, args.calls), flush=True)

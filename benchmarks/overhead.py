@@ -34,7 +34,8 @@ from hpcmp.comm.mesh import Mesh
 from hpcmp.comm.recorder import RECORDER, Flight
 from hpcmp.cursor import Cursor, Place
 from hpcmp.layers.activation import GELU
-from hpcmp.layers.attention import Heads, attention_core
+from hpcmp.layers.attention import attention_core
+from hpcmp.layers.heads import Heads
 from hpcmp.layers.linear import ColumnParallelLinear, Output
 from hpcmp.layers.norm import LayerNorm
 from hpcmp.layers.parallel import ModelParallel

@@ -68,7 +68,7 @@ def jobs(args: argparse.Namespace, python: str | None, weights: str) -> list[Job
     made = [Job("hpcmp", [launch + mine], n, env)]
     samples = SIZES[args.size].batch
     count = -(-samples // args.microbatch) if args.microbatch else min(samples, 4 * n)
-    for variant in args.variants.split(",") if python else ():
+    for variant in filter(None, args.variants.split(",") if python else ()):
         if variant == "compiled" and args.layout not in ("serial", "dp"):
             continue
         words = [*what, "--threads", str(args.threads), "--microbatches", str(count), "--weights", weights]

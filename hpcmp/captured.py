@@ -2,35 +2,56 @@
 
 A graph is of one input's shape, and reads and writes at addresses of its own. So a block has, for each shape, as many
 slots as microbatches are in flight: from a forward to the end of its backward or, in schedules that put them off, of
-its weight gradients. Arrays that blocks hand to each other are copied once.
+its weight gradients. Arrays that blocks hand to each other are copied once; so is what differs between microbatches
+beside their numbers (``Cursor.arrays``), into the slot, whose graphs read it from the forward to the backward. What
+blocks communicate by NCCL is part of their graphs (``comm.replay``): ranks that do so capture and replay together.
 
 docs/gpu.md says what that costs and what cannot be captured. ``kernels.cuda.graphs`` captures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from operator import is_
 from types import MethodType
 from typing import Any
 
+import numpy as np
+
 from .arrays import Array, array_module
+from .comm.base import Communicator, Solo
+from .comm.replay import Replay
+from .cursor import Cursor, Place
+from .errors import InputError
 from .kernels.cuda.graphs import Backend, Cupy, Recording, record
 from .module import Module, Parameter, Sequential
 from .wgrad import Queue, WGrad
 
-#: An input's shape and dtype.
-Key = tuple[tuple[int, ...], Any]
+#: An input's shape and dtype, the whole sequence's length, and the names and shapes of the arrays of its place.
+Key = tuple[tuple[int, ...], Any, int, tuple[Any, ...]]
 
 
 class Graphs:
-    """What the captured blocks of a rank share: what captures (on a GPU, unless given) and, by shape, where a backward
-    finds dy, which is of no use after it."""
+    """What the captured blocks of a rank share: the cursor of their layers, what captures (on a GPU, unless given) and,
+    by shape, where a backward finds dy, which is of no use after it.
 
-    def __init__(self, backend: Backend | None = None) -> None:
-        self.backend: Backend = backend or Cupy()
+    comm: the ranks that communicate within their blocks. Raises InputError where they do so over MPI.
+    """
+
+    def __init__(self, cursor: Cursor, comm: Communicator | None = None, backend: Backend | None = None) -> None:
+        self.cursor, self.comm, self.backend = cursor, comm or Solo(), backend or Cupy()
         self.dy: dict[Key, Array] = {}
+        if not self.comm.captures:
+            raise InputError(
+                "train.cuda_graphs = true: the layout's blocks communicate, here over MPI, which no graph can hold; "
+                'NCCL would fit (communication.backend = "auto", and a GPU for each rank)'
+            )
+
+    def agreed(self, here: bool) -> bool:
+        """Whether it is true on all ranks of ``comm``."""
+        return not self.comm.all_reduce(np.array([not here], np.int64), "max").wait()[0]
 
 
 class Captured(Module):
@@ -48,7 +69,7 @@ class Captured(Module):
         self.inner, self.graphs = inner, graphs
         #: Whether what comes before, or after, is captured too: such a neighbour copies at once what it is handed.
         self.before = self.after = False
-        self.warm: set[Key] = set()
+        self.warm: dict[Key, bool] = {}  # whether it has run; False: it is never captured
         self.free: dict[Key, list[Slot]] = {}
         self.plans: dict[tuple[Key, str], frozenset[int]] = {}
 
@@ -56,14 +77,16 @@ class Captured(Module):
         yield "", self.inner  # capturing changes no parameter's name
 
     def forward(self, x: Array) -> tuple[Array, Any]:
-        key = x.shape, x.dtype
-        if key not in self.warm:
+        place = self.graphs.cursor.place
+        arrays = self.graphs.cursor.arrays(place, array_module(x))
+        key = x.shape, x.dtype, place.length, tuple((name, array.shape) for name, array in arrays.items())
+        if not self.warm.get(key):
             y, saved = self.inner.forward(x.copy() if self.before else x)
             return y, (key, saved)
         free = self.free.setdefault(key, [])
-        slot = free.pop() if free else Slot(self, key, x)
+        slot = free.pop() if free else Slot(self, key, x, place)
         lease = Lease(slot, free)
-        y = slot.forward(x)
+        y = slot.forward(x, arrays)
         return y if self.after else y.copy(), lease
 
     def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> Array:
@@ -86,8 +109,8 @@ class Captured(Module):
         lease.slot.weights()
 
     def _ran(self, key: Key) -> None:
-        if 0 not in key[0]:
-            self.warm.add(key)
+        if key not in self.warm:
+            self.warm[key] = self.graphs.agreed(0 not in key[0])
 
 
 def _computed(module: Any) -> None:
@@ -111,18 +134,22 @@ _READERS = {"forward": ("backward", "backward without weights", "weights"), "bac
 class Slot:
     """One microbatch in flight through a block: its arrays and its graphs."""
 
-    def __init__(self, block: Captured, key: Key, like: Array) -> None:
+    def __init__(self, block: Captured, key: Key, like: Array, place: Place) -> None:
         self.inner, self.key, self.plans = block.inner, key, block.plans
-        self.backend, self.shared = block.graphs.backend, block.graphs.dy
+        self.graphs, self.backend, self.shared = block.graphs, block.graphs.backend, block.graphs.dy
+        self.place = dataclasses.replace(place)  # at which the layers are captured: its arrays are those of the slot
+        self.place.arrays.update({name: _empty(array) for name, array in place.arrays.items()})
         self.parameters: list[Parameter] = list({id(p): p for _, _, p in block.inner.walk()}.values())
         self.x: Array = _empty(like)
         self.dy: Array | None = None  # of a backward whose weight gradients come later, and need it
         self.recordings: dict[str, Recording[Any]] = {}
         self.bound: dict[str, list[Array]] = {}  # what each was captured with
 
-    def forward(self, x: Array) -> Array:
-        """y, which lies in scratch memory."""
+    def forward(self, x: Array, arrays: dict[str, Array]) -> Array:
+        """y, which lies in scratch memory. arrays: of the microbatch's place."""
         self.backend.copy(self.x, x)
+        for name, array in arrays.items():
+            self.backend.copy(self.place.arrays[name], array)
         y: Array = self._run("forward", self._forward)[0]
         return y
 
@@ -152,11 +179,27 @@ class Slot:
         if what not in self.recordings or not all(map(is_, self.bound[what], arrays)):
             for reader in _READERS.get(what, ()):
                 self.recordings.pop(reader, None)
-            made = record(self.backend, work, self.plans.get((self.key, what)))
+            made = self._record(work, self.plans.get((self.key, what)))
             self.recordings[what], self.bound[what], self.plans[self.key, what] = made, arrays, made.kept
         found = self.recordings[what]
         found.graph.launch()
         return found.result
+
+    def _record(self, work: Callable[[], Any], kept: frozenset[int] | None) -> Recording[Any]:
+        """``work`` captured, at the place of this slot."""
+        cursor, replay = self.graphs.cursor, Replay()
+        place, cursor.place = cursor.place, self.place
+
+        def run() -> Any:
+            with replay.noting():
+                return work()
+
+        try:
+            made = record(self.backend, run, kept, self.graphs.agreed)
+        finally:
+            cursor.place = place
+        made.graph = replay.of(made.graph)
+        return made
 
     def _forward(self) -> tuple[Array, Any]:
         y, saved = self.inner.forward(self.x)

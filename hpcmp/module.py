@@ -102,7 +102,13 @@ def constant(value: float) -> Initial:
 
 
 class Module:
-    """A differentiable map; see the head of this file."""
+    """A differentiable map; see the head of this file.
+
+    input_stays: whether the input is there in the backward for another reason. A layer that could keep less than its
+    input then keeps that, and nothing else.
+    """
+
+    input_stays = False
 
     def forward(self, x: Any) -> tuple[Any, Any]:
         """(y, saved)."""

@@ -38,30 +38,34 @@ def key(seed: int, *names: object) -> tuple[int, int]:
     return word & _LOW, word >> 32
 
 
-def round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
+def round_keys(key: tuple[Any, Any] | Array) -> list[tuple[Any, Any]]:
     """The two key words of each of Philox's ten rounds."""
     return [((key[0] + r * _WEYL[0]) & _LOW, (key[1] + r * _WEYL[1]) & _LOW) for r in range(10)]
 
 
-def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+def philox(
+    counter: tuple[Array, Array, Array, Array], key: tuple[int, int] | Array
+) -> tuple[Array, Array, Array, Array]:
     """Philox4x32-10: four words from four counter words and two key words; all hold 32-bit values in ``uint64``."""
     c0, c1, c2, c3 = counter
     shift, low = np.uint64(32), np.uint64(_LOW)
     m0, m1 = (np.uint64(m) for m in MULTIPLIER)
     for k0, k1 in round_keys(key):
         p0, p1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
     return c0, c1, c2, c3
 
 
 def bits(
-    key: tuple[int, int], i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np
+    key: tuple[int, int] | Array, i: Array, j: Array, columns: slice, extra: Array | int = 0, xp: ModuleType = np
 ) -> Array:
     """The 32-bit words of some rows and a range of columns.
 
     ``i``, ``j`` and ``extra`` are integer arrays that broadcast to the shape of the rows; the result is a ``uint32``
-    array of that shape with a last axis of ``columns.stop - columns.start`` words.
+    array of that shape with a last axis of ``columns.stop - columns.start`` words. ``key`` is two words, or an array of
+    them.
     """
+    key = key if isinstance(key, tuple) else key.astype(np.uint64)
     i, j, e = xp.broadcast_arrays(*(xp.asarray(v, dtype=np.uint64) for v in (i, j, extra)))
     width = columns.stop - columns.start
     first, last = columns.start // 4, -(-columns.stop // 4)
@@ -116,11 +120,12 @@ class DropoutMask:
 
     true with probability 1 - rate (to within 2^-32). ``i``, ``j`` and ``extra`` broadcast to the shape of the rows, as
     for ``bits``; the columns are those of ``runs``, one run after the other. Kernels take it in place of an array: the
-    compiled ones draw a row while they work on it, so that no mask is ever in memory.
+    compiled ones draw a row while they work on it, so that no mask is ever in memory. ``key``, two words,
+    ``i``, ``j`` and ``extra`` may be arrays where the mask is drawn: what they hold then counts.
     """
 
     rate: float
-    key: tuple[int, int]
+    key: tuple[int, int] | Array
     i: Array
     j: Array
     runs: tuple[slice, ...]

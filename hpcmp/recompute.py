@@ -27,13 +27,14 @@ UNITS: dict[str, tuple[tuple[str, str], ...]] = {
 class RecomputeInput(Module):
     """g o f, which keeps the input of f in place of the input of g: f runs forward again in the backward.
 
-    ``layers`` are those of f, then g, named as in a Sequential; g is a layer that keeps its input and nothing else, as
-    a linear does (TypeError otherwise). So g's own forward, and what it communicates, is not repeated.
+    ``layers`` are those of f, then g, named as in a Sequential; g is a layer that then keeps its input and nothing
+    else, as a linear does (TypeError otherwise). So g's own forward, and what it communicates, is not repeated.
     """
 
     def __init__(self, **layers: Module) -> None:
         *first, self.name = layers
         self.f, self.g = Sequential(**{name: layers[name] for name in first}), layers[self.name]
+        self.g.input_stays = True
 
     def members(self) -> Iterator[tuple[str, Parameter | Module]]:
         yield from self.f.members()

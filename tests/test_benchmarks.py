@@ -61,7 +61,8 @@ def test_a_timer_counts_its_own_time_alone() -> None:
 
 
 def test_a_job_takes_turns_and_says_why_it_fails(tmp_path: Path) -> None:
-    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, float, 7, {})"
+    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, "
+    serving += "common.at_once(float), 7, {})"
     job = common.Job("toy", [[sys.executable, "-c", serving]], 1, {"PYTHONPATH": str(common.ROOT)})
     assert job.turn(2, warm=1)["losses"] == [0.0, 1.0, 2.0]
     turn = job.turn(1)
@@ -71,6 +72,28 @@ def test_a_job_takes_turns_and_says_why_it_fails(tmp_path: Path) -> None:
     job.stop()
     with pytest.raises(SystemExit, match="toy: it did not start\nalas"):
         common.Job("toy", [[sys.executable, "-c", "raise SystemExit('alas')"]], 1, {})
+
+
+def test_steps_are_begun_ahead_and_timed_from_result_to_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that beginning moves by 1, and waiting by 10."""
+    clock, did = [0.0], list[tuple[str, int]]()
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def work(kind: str, i: int, seconds: float) -> float:
+        did.append((kind, i))
+        clock[0] += seconds
+        return float(i)
+
+    def begin(i: int) -> Any:
+        work("begin", i, 1)
+        return lambda: work("wait", i, 10)
+
+    found = common._steps(begin, 7, 1, 3, 1)
+    order = [("begin", 7), *((kind, i + back) for i in (7, 8, 9) for kind, back in (("begin", 1), ("wait", 0)))]
+    assert did == [*order, ("wait", 10)]
+    assert found["losses"] == [7, 8, 9, 10] and found["seconds"] == [11, 11, 10] and found["begun"] == [1] * 4
+    found = common._steps(begin, 0, 0, 2, 0)
+    assert found["losses"] == [0, 1] and found["seconds"] == [11, 11]
 
 
 def test_losses_that_differ_are_refused() -> None:
@@ -210,12 +233,17 @@ def test_gpu_step_on_the_cpu(tmp_path: Path) -> None:
     for cell in result["cells"]:
         found, size = cell["programs"]["hpcmp"], common.Size(**cell["size"])
         assert found["ratio"] == 1 and len(found["turns"]) == 2 and cell["loss_difference"] == 0
+        assert 0 < found["host"]["median"] <= found["seconds"]["max"]
         assert found["mfu"] == pytest.approx(size.flops / found["seconds"]["median"] / cell["peak"])
         assert found["tokens_per_second"] == pytest.approx(64 / found["seconds"]["median"])
     text = path.with_suffix(".txt").read_text()
     assert text == gpu_step.text(result) and text.count("| hpcmp |") == 2 and "Model FLOPs of a step: 6 x" in text
     with pytest.raises(SystemExit, match="--models huge: there are tiny, 125M"):
         gpu_step.main(["--models", "huge"])
+    with pytest.raises(
+        SystemExit, match="--variants eagre: there are eager, compiled, graphs; before them autocast-, cudnn-"
+    ):
+        gpu_step.main(["--variants", "eager,eagre"])
 
 
 def test_models_have_the_parameters_of_their_names() -> None:
@@ -225,8 +253,8 @@ def test_models_have_the_parameters_of_their_names() -> None:
 
 def test_a_program_that_fails_has_its_error_in_the_table_and_the_others_go_on() -> None:
     orders = '{"usage": lambda: {}, "facts": lambda: {"device": "d"}, "peak": lambda: 1, "launches": lambda: None}'
-    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, float, 7, "
-    serving += f"{orders})"
+    serving = "import os; from benchmarks import common; common.serve(os.environ['BENCH_ADDRESS'], 0, "
+    serving += f"common.at_once(float), 7, {orders})"
     commands = [
         ("good", [sys.executable, "-c", serving]),
         ("bad", [sys.executable, "-c", "raise SystemExit('out of memory')"]),
@@ -235,14 +263,21 @@ def test_a_program_that_fails_has_its_error_in_the_table_and_the_others_go_on() 
     assert found["bad"] == {"failed": "bad: it did not start: out of memory"}
     assert len(found["good"]["turns"]) == 4 and found["good"]["losses"] == [0.0, 1.0, 2.0]  # there and back
     cell = {"model": "m", "size": {"sequence": 8, "batch": 1}, "programs": found}
-    assert gpu_step.row(cell, "bad") == "| m | 8 | 1 | bad | bad: it did not start: out of memory | – | – | – | – | – |"
+    row = "| m | 8 | 1 | bad | bad: it did not start: out of memory" + 7 * " | –" + " |"
+    assert gpu_step.row(cell, "bad") == row and row.count("|") == gpu_step.HEAD.splitlines()[-2].count("|")
 
 
 def test_peer_on_a_device_has_the_same_loss() -> None:
     pytest.importorskip("torch")
     from benchmarks.peers import torch_gpu_step
 
-    steps = hpcmp_gpu_step.Steps(XS, "cpu", "float32")
-    peer = torch_gpu_step.Steps(XS, "cpu", "float32", steps.weights(), False)
-    mine, theirs = [[run(i) for i in range(3)] for run in (steps, peer)]
-    np.testing.assert_allclose(mine, theirs, rtol=gpu_step.TOLERANCE["float32"])
+    for dtype, autocast in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        steps = hpcmp_gpu_step.Steps(XS, "cpu", dtype)
+        peer = torch_gpu_step.Steps(XS, "cpu", dtype, steps.weights(), autocast=autocast)
+        mine, theirs = [common._steps(program.begin, 0, 0, 8, 1)["losses"] for program in (steps, peer)]
+        np.testing.assert_allclose(mine, theirs, rtol=gpu_step.TOLERANCE[dtype])
+        narrow = dtype == "bfloat16" and not autocast
+        assert {str(p.dtype) for p in peer.model.parameters()} == {"torch.bfloat16" if narrow else "torch.float32"}
+        assert {str(p.dtype) for group in peer.optimizer.param_groups for p in group["params"]} == {"torch.float32"}
+        master, weight = peer.masters[0], peer.parameters[0]
+        assert (master is weight) != narrow and (master.to(weight.dtype) == weight).all()

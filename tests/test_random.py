@@ -112,6 +112,17 @@ def test_the_columns_of_a_mask_are_its_runs() -> None:
     np.testing.assert_array_equal(found.scaled(np.float32), found.keep() * np.float32(1 / 0.6))
 
 
+def test_the_key_of_a_mask_may_be_an_array() -> None:
+    """Whose words count when the mask is drawn."""
+    keys = (2**32 - 9, 7), (5, 2**31)
+    words = np.array(keys[0], np.int64)
+    found = random.DropoutMask(0.4, words, np.arange(5), np.array(2), (slice(3, 17),))
+    for key in keys:
+        words[...] = key
+        wanted = random.DropoutMask(0.4, key, np.arange(5), np.array(2), (slice(3, 17),)).keep()
+        np.testing.assert_array_equal(found.keep(), wanted)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8, 20])
 def test_a_mask_does_not_depend_on_the_layout(parts: int) -> None:
     """Sequence, batch, columns and heads cut up among ranks: each evaluates its part alone."""

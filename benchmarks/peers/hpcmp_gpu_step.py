@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,10 @@ class Steps:
         self.engine = Engine(config, mesh_for(config, None))
         self.samples = np.arange(size.batch)
 
-    def __call__(self, i: int) -> float:
-        """The loss of step i."""
-        loss = self.engine.step(i, *self.size.batch_of(i), self.samples).loss
-        if self.on_gpu:
-            self.engine.xp.cuda.get_current_stream().synchronize()
-        return loss
+    def begin(self, i: int) -> Callable[[], float]:
+        """Queue step i; what waits for it and gives its loss."""
+        running = self.engine.begin(i, *self.size.batch_of(i), self.samples)
+        return lambda: running.result().loss
 
     @property
     def on_gpu(self) -> bool:
@@ -86,9 +85,9 @@ def main() -> None:
         "facts": steps.facts,
         "usage": steps.usage,
         "peak": lambda: peak_flops(steps.engine.xp, steps.engine.dtype),
-        "launches": lambda: devices.launches(lambda: steps(0)) if steps.on_gpu else None,
+        "launches": lambda: devices.launches(lambda: steps.begin(0)()) if steps.on_gpu else None,
     }
-    common.serve(os.environ["BENCH_ADDRESS"], 0, steps, base, orders)
+    common.serve(os.environ["BENCH_ADDRESS"], 0, steps.begin, base, orders, ahead=int(steps.on_gpu))
 
 
 if __name__ == "__main__":

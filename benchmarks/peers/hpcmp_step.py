@@ -97,7 +97,7 @@ def main() -> None:
         "software": software,
         "breakdown": lambda: breakdown(steps, lambda s: Steps(s, args.layout, comm)),
     }
-    common.serve(os.environ["BENCH_ADDRESS"], 0 if comm is None else comm.rank, steps, base, orders)
+    common.serve(os.environ["BENCH_ADDRESS"], 0 if comm is None else comm.rank, common.at_once(steps), base, orders)
 
 
 if __name__ == "__main__":

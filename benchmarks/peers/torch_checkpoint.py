@@ -81,7 +81,7 @@ def main() -> None:
         "check": bench.check,
         "software": lambda: f"PyTorch {torch.__version__}",
     }
-    common.serve(os.environ["BENCH_ADDRESS"], args.rank, lambda i: 0.0, base, orders)
+    common.serve(os.environ["BENCH_ADDRESS"], args.rank, common.at_once(lambda i: 0.0), base, orders)
 
 
 if __name__ == "__main__":

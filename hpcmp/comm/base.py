@@ -112,6 +112,8 @@ class Communicator(ABC):
 
     rank: int
     size: int
+    #: Whether CUDA graphs can hold its collectives, of arrays on a GPU.
+    captures = False
 
     @cached_property
     def traffic(self) -> Traffic:
@@ -177,7 +179,7 @@ class Communicator(ABC):
 class Solo(Communicator):
     """A group of one: every collective is the identity. Needs no MPI; a serial run is a mesh of these."""
 
-    rank, size = 0, 1
+    rank, size, captures = 0, 1, True
 
     def all_reduce(self, x: Array, op: Op = "sum", out: Array | None = None) -> Pending:
         if out is not None and out is not x:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ..arrays import Array, array_module
 from ..errors import HpcmpError, InputError
 from .base import Pending, Timed
+from .replay import Replay, noting
 
 if TYPE_CHECKING:
     from .mpi import MpiCommunicator
@@ -116,6 +118,8 @@ class Lane:
             advice = 'NCCL_DEBUG=WARN in the environment says more, communication.backend = "mpi" does without'
             raise HpcmpError(f"NCCL does not connect {comm.size} ranks ({error}): {advice}") from error
         self.library, self.stream, self.name = library, library.stream(), name
+        self.graphs: weakref.WeakSet[Replay] = weakref.WeakSet()  # that have operations of it
+        self.last: Any = None  # the event at the end of its last operation that is in no graph
         if not _open:
             atexit.unregister(abort)
             atexit.register(abort)  # after an error nobody has closed them, and CuPy would wait in destroy
@@ -123,7 +127,8 @@ class Lane:
 
     def start(self, calls: list[Call], result: Array, *keep: Any) -> Pending:
         """Queue NCCL calls as one operation; those that move nothing are left out, on every rank alike."""
-        timed = Timed.kept is not None
+        replay = noting()
+        timed = Timed.kept is not None and replay is None  # there are no times in a graph
         ready, done = self.library.event(), self.library.event(timed)
         ready.record(self.library.current())
         self.stream.wait_event(ready)
@@ -136,11 +141,29 @@ class Lane:
                 call(self.stream.ptr)
         self.library.nccl.groupEnd()
         done.record(self.stream)
+        if replay is None:
+            self.last = done
+        else:
+            replay.lanes[self] = None
         return Pending(result, [Done(self.library, done, began)], None, *keep)
 
+    def settle(self) -> None:
+        """What is queued from now on runs after what has been started here."""
+        if self.last is not None:
+            self.library.current().wait_event(self.last)
+
+    def mark(self) -> Done:
+        """The end of what is queued on the current stream."""
+        event = self.library.event()
+        event.record(self.library.current())
+        return Done(self.library, event)
+
     def close(self) -> None:
-        """Finish what runs, and free the communicator. Nothing is left to do after ``abort``."""
+        """Finish what runs, and free the communicator; graphs that have operations of it are given up. Nothing is left
+        to do after ``abort``."""
         self.stream.synchronize()
+        for graph in tuple(self.graphs):
+            graph.release()
         with _guard:
             ours = self in _open
             if ours:
@@ -152,9 +175,10 @@ class Lane:
         """What NCCL has found meanwhile, in the background: ``NCCL of dp, collectives: NCCL_ERROR_...``; or ""."""
         try:
             self.nccl.check_async_error()
-        except RuntimeError as error:
-            if getattr(error, "status", None) != _IN_PROGRESS:
-                return f"NCCL of {self.name}: {error}"
+        except (RuntimeError, KeyError) as error:  # KeyError: of a status that CuPy 14.2 has no name for, from 7 on
+            status = getattr(error, "status", error.args[0])
+            if status != _IN_PROGRESS:
+                return f"NCCL of {self.name}: {error if isinstance(error, RuntimeError) else f'status {status}'}"
         return ""
 
 

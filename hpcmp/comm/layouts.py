@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .. import partition
 from ..arrays import Array, array_module
 from .base import Communicator, Op, Pending
-from .recorder import Flight
+from .recorder import Flight, Record, Site, called_at
+from .replay import noting
 from .traffic import all_reduced
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ class Layouts(Communicator):
         flight = self.flight
         if flight is None:
             return start(*args)
+        if (replay := noting()) is not None:
+            replay.begins.append(partial(self._again, called_at(), operation, x.dtype, count, root, counts))
+            return start(*args)
         record = flight.begin(operation, x.dtype, count, root)
         pending = start(*args) if self.check is None else self.check(record, counts, start, *args)
         pending.record = record
@@ -154,6 +158,16 @@ class Layouts(Communicator):
         pending = start(*args)
         pending.record = record
         return pending
+
+    def _again(
+        self, site: Site, operation: str, dtype: Any, count: int, root: int | None, counts: list[int] | None
+    ) -> Record:
+        """What ``_start`` does beside ``start``: the operation runs in a graph."""
+        assert self.flight is not None
+        record = self.flight.begin(operation, dtype, count, root, site=site)
+        if self.check is not None:
+            self.check(record, counts, Pending, None).wait()
+        return record
 
     @abstractmethod
     def _all_reduce(self, x: Array, op: Op, out: Array | None) -> Pending: ...

@@ -44,6 +44,8 @@ class NcclCommunicator(Layouts):
     therefore come. Nothing is called for arrays without elements.
     """
 
+    captures = True
+
     def __init__(self, control: MpiCommunicator, library: Library | None = None) -> None:
         self.control, self.rank, self.size = control, control.rank, control.size
         self.library = library or Library()

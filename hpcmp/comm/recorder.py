@@ -33,6 +33,9 @@ _PASS_ON = tuple(
 )
 _inside: dict[str, bool] = {}  # by file name: whether it is one of these
 
+#: A code object, and the instruction within it.
+Site = tuple[CodeType, int]
+
 
 class Record:
     """One operation: what was called, where, and when, in seconds of ``time.monotonic``.
@@ -114,9 +117,10 @@ class Flight:
         count: int | None = None,
         peer: int | None = None,
         tag: int | None = None,
+        site: Site | None = None,
     ) -> Record:
-        """A record of an operation that starts now; with a ``tag`` it is a message. After ``RECORDER.halt`` none does,
-        and this does not return."""
+        """A record of an operation that starts now, called at ``site`` (by default where this is); with a ``tag`` it is
+        a message. After ``RECORDER.halt`` none does, and this does not return."""
         if RECORDER.halted:
             threading.Event().wait()
         record = Record()
@@ -126,10 +130,7 @@ class Flight:
             self.begun = record.sequence = self.begun + 1
         else:
             record.sequence = None
-        frame: Any = sys._getframe(1)
-        while _passes_on(frame.f_code.co_filename) and frame.f_back is not None:
-            frame = frame.f_back
-        record.code, record.instruction = frame.f_code, frame.f_lasti
+        record.code, record.instruction = site or called_at()
         record.waits = record.end = record.event = None
         record.failed = False
         record.start = time.monotonic()
@@ -239,6 +240,14 @@ def _plain(record: Record, places: dict[Flight, int], blocked: Sequence[Record],
         "state": state,
         **{name: None if at is None else at + offset for name, at in times.items()},
     }
+
+
+def called_at() -> Site:
+    """Where the operation at hand is called: the innermost frame that does not pass it on."""
+    frame: Any = sys._getframe(1)
+    while _passes_on(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti
 
 
 def _passes_on(file: str) -> bool:

@@ -21,14 +21,20 @@ algorithms for clusters of workstations", 2009).
 
 from __future__ import annotations
 
+from functools import partial
+
 from .. import partition
+from .replay import noting
 
 
 class Traffic(dict[str, tuple[int, int]]):
     """{operation: (calls, bytes that this rank sent)}, of the operations that were called."""
 
     def count(self, operation: str, sent: int) -> None:
-        """One more call, which sent so many bytes."""
+        """One more call, which sent so many bytes; of one that is captured, each time that it runs."""
+        if (replay := noting()) is not None:
+            replay.begins.append(partial(self.count, operation, sent))
+            return
         calls, total = self.get(operation, (0, 0))
         self[operation] = calls + 1, total + sent
 

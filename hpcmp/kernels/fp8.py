@@ -21,6 +21,9 @@ Codes = tuple[Array | None, Array | None, Array]
 
 #: By format: bits of the mantissa, bias of the exponent, the largest finite code, whether there is an infinity.
 _FORMATS = {"e4m3": (3, 7, 0x7E, False), "e5m2": (2, 15, 0x7B, True)}
+#: Rows of a matrix whose sum is one of those that ``quantise`` gives: a GPU's block reads so many.
+SUMMED = 128
+
 _FARTHEST = 60  # a scale is 2^-60 to 2^60: a product of the inverses of two stays within float32
 
 
@@ -41,11 +44,13 @@ def quantise(
     columns: bool = False,
     record: Array | None = None,
     out: Codes | None = None,
+    sums: Array | None = None,
 ) -> Codes:
     """(codes, codes of x^T, 1 / scale) of x (m, n), any of the first two None unless it is asked for.
 
     format: "e4m3" or "e5m2". largest (1,): see the head of this file; 0 stands for a scale of 1. record (1,): given the
-    largest |x|, as by ``add_amax``, in the same pass. out: the result of an earlier call, to be written over.
+    largest |x|, as by ``add_amax``, in the same pass. out: the result of an earlier call, to be written over. sums
+    (ceil(m / SUMMED), n): given those of each SUMMED rows of x, in the same pass.
     Codes are uint8, (m, n) and (n, m), contiguous; 1 / scale is (1,), of the dtype of ``largest``.
     """
     xp = array_module(x)
@@ -53,6 +58,9 @@ def quantise(
     made = _encode(x.astype(np.float32, copy=False), scale, format)
     if record is not None:
         add_amax(record, x)
+    if sums is not None:
+        for i in range(len(sums)):
+            sums[i] = x[i * SUMMED : (i + 1) * SUMMED].sum(0, dtype=wide(x.dtype))
     found = (
         xp.ascontiguousarray(made) if rows else None,
         xp.ascontiguousarray(made.T) if columns else None,
@@ -141,7 +149,9 @@ def _decode(codes: Array, format: str) -> Array:
     mantissa, bias, most, infinite = _FORMATS[format]
     bits = codes.astype(np.uint32)
     size = bits & 0x7F
-    value = (size << (23 - mantissa)).view(np.float32) * np.float32(2.0 ** (127 - bias))
+    normal = ((size << (23 - mantissa)) + ((127 - bias) << 23)).view(np.float32)
+    small = size.astype(np.float32) * np.float32(2.0 ** (1 - bias - mantissa))  # nowhere subnormal: CuPy makes these 0
+    value = xp.where(size >> mantissa, normal, small)
     beyond = xp.where((size == most + 1) & infinite, np.float32(np.inf), np.float32(np.nan))
     value = xp.where(size > most, beyond, value)
     return xp.where(bits > 0x7F, -value, value)

@@ -1,8 +1,8 @@
 """The specification of the optimizers' kernels, as ``reference`` is of the others': flat arrays, in place.
 
-Every function takes g = grad_scale * grad for its gradient. Arrays are of one dtype, float32 or float64. ``adamw`` and
-``sgd`` take grad_scale as a number or as an array of one, float64, where the others are: on a GPU the kernel reads it
-then, and the host waits for nothing. Where it is NaN they change nothing.
+Every function takes g = grad_scale * grad for its gradient. Arrays are of one dtype, float32 or float64. grad_scale (of
+``descend``: rate) is a number, or an array of one, float64, where the others are: on a GPU the kernel reads it then,
+and the host waits for nothing. Where it is NaN nothing changes, and a direction that is asked for is zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def adamw(
 
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
     """
-    scale = to_host(grad_scale).item()
+    scale = _number(grad_scale)
     if math.isnan(scale):
         return
     update = adam_update(grad, m, v, step=step, betas=betas, epsilon=epsilon, grad_scale=scale)
@@ -51,12 +51,14 @@ def adamw(
 
 
 def adam_update(
-    grad: Array, m: Array, v: Array, *, step: int, betas: tuple[float, float], epsilon: float, grad_scale: float
+    grad: Array, m: Array, v: Array, *, step: int, betas: tuple[float, float], epsilon: float, grad_scale: float | Array
 ) -> Array:
     """The direction of Adam, before the learning rate; the moments move on. Kingma and Ba, 2015, algorithm 1."""
-    xp = array_module(grad)
+    xp, scale = array_module(grad), _number(grad_scale)
+    if math.isnan(scale):
+        return xp.zeros_like(grad)
     b1, b2 = betas
-    g = grad * grad.dtype.type(grad_scale)
+    g = grad * grad.dtype.type(scale)
     m *= b1
     m += (1 - b1) * g
     v *= b2
@@ -71,7 +73,7 @@ def sgd(
 
     Polyak, 1964; the decay is decoupled, as in Loshchilov and Hutter, 2019, algorithm 1.
     """
-    scale = to_host(grad_scale).item()
+    scale = _number(grad_scale)
     if math.isnan(scale):
         return
     m *= momentum
@@ -79,12 +81,22 @@ def sgd(
     data -= rate * (m + decay * data)
 
 
-def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float) -> Array:
+def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float | Array) -> Array:
     """m <- momentum m + g; g + momentum m: the gradient as it would be a step further on. Nesterov, 1983."""
-    g = grad * grad.dtype.type(grad_scale)
+    scale = _number(grad_scale)
+    if math.isnan(scale):
+        return array_module(grad).zeros_like(grad)
+    g = grad * grad.dtype.type(scale)
     m *= momentum
     m += g
     return g + momentum * m
+
+
+def descend(data: Array, direction: Array, *, rate: float | Array, decay: float) -> None:
+    """data <- data - rate (direction + decay data)."""
+    number = _number(rate)
+    if not math.isnan(number):
+        data -= data.dtype.type(number) * (direction + decay * data)
 
 
 def orthogonalise(
@@ -103,3 +115,7 @@ def orthogonalise(
         gram = multiply(y, y.T)
         y = a * y + multiply(b * gram + c * multiply(gram, gram), y)
     return y if x.shape[0] <= x.shape[1] else y.T
+
+
+def _number(x: float | Array) -> float:
+    return float(to_host(x).item())

@@ -4,92 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .. import kernels, partition
+from .. import kernels
 from ..arrays import Array, array_module, wide
 from ..cursor import Place
+from ..documents import First
 from ..module import Module
 from ..random import DropoutMask
 from ..wgrad import WGrad
 from .context import SUM, HeadExchange, Ring
 from .dropout import attention_mask
+from .heads import Heads
 from .parallel import ModelParallel
 
 #: A dropout mask for a range of query heads.
 Mask = Callable[[slice], DropoutMask | None]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Which heads a rank computes: query head i reads key-value head i // (query / key_value).
-
-    Query heads (all, or those ``within``) are shared evenly over the ranks, whether or not that cuts a group: a
-    key-value head that several ranks read is held by each of them and owned by the first. ``blocks`` are the (query
-    heads, key-value heads) ranges, in this rank's own numbering, within which every key-value head serves equally many
-    query heads: three at most.
-    """
-
-    query: int
-    key_value: int
-    ranks: int = 1
-    rank: int = 0
-    within: slice | None = None
-
-    @property
-    def group(self) -> int:
-        """Query heads to a key-value head."""
-        return self.query // self.key_value
-
-    @property
-    def queries(self) -> slice:
-        """This rank's query heads."""
-        return self._queries(self.rank)
-
-    @property
-    def key_values(self) -> slice:
-        """The key-value heads that this rank's query heads read."""
-        q = self.queries
-        return slice(q.start // self.group, -(-q.stop // self.group)) if q.stop > q.start else slice(0, 0)
-
-    @property
-    def owned(self) -> slice:
-        """The key-value heads of which this rank computes the first query head."""
-        q = self.queries
-        return slice(-(-q.start // self.group), -(-q.stop // self.group)) if q.stop > q.start else slice(0, 0)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether any key-value head is read by several ranks."""
-        return any(q.start % self.group for q in map(self._queries, range(self.ranks)) if q.stop > q.start)
-
-    def blocks(self) -> list[tuple[slice, slice]]:
-        """See the class."""
-        q, kv, g = self.queries, self.key_values, self.group
-        cuts = sorted({q.start, min(-(-q.start // g) * g, q.stop), max(q.stop // g * g, q.start), q.stop})
-        return [
-            (slice(a - q.start, b - q.start), slice(a // g - kv.start, -(-b // g) - kv.start))
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
-
-    def shares(self, ranks: int) -> list[Heads]:
-        """This rank's query heads, shared again over ``ranks``."""
-        return [Heads(self.query, self.key_value, ranks, r, self.queries) for r in range(ranks)]
-
-    def local(self, share: Heads) -> tuple[slice, slice]:
-        """The query heads and the key-value heads of one of ``shares``, in this rank's own numbering."""
-        pairs = (share.queries, self.queries.start), (share.key_values, self.key_values.start)
-        queries, key_values = (slice(max(0, s.start - first), max(0, s.stop - first)) for s, first in pairs)
-        return queries, key_values
-
-    def _queries(self, rank: int) -> slice:
-        whole = self.within or slice(0, self.query)
-        part = partition.part(whole.stop - whole.start, self.ranks, rank)
-        return slice(whole.start + part.start, whole.start + part.stop)
 
 
 class Rope(Module):
@@ -151,21 +84,27 @@ class CausalAttention(Module):
     ``parallel.ring_context()``: all of them on a ring of one. The keys and values of the other ranks come round the
     ring, each block on its way while the one before is computed; their gradients follow, a hop behind, and come home
     with the last one. Keeps q, kv, o and a number per row; backward makes the probabilities again. The result depends
-    on the size of the ring in rounding alone. Liu, Zaharia and Abbeel, 2023, algorithm 1, with the positions of a rank
-    as in ``Ring``.
+    on the size of the ring in rounding alone. Where documents are kept apart (``Place.documents``) a query sees the
+    keys of its own alone, and a block of which this rank's queries see none passes by. Liu, Zaharia and Abbeel, 2023,
+    algorithm 1, with the positions of a rank as in ``Ring``.
     """
 
     def __init__(self, heads: Heads, parallel: ModelParallel, dropout: float = 0.0, name: str = "attention") -> None:
         self.heads, self.cursor, self.dropout, self.name = heads, parallel.cursor, dropout, name
         self.ring = Ring(parallel.ring, lambda: parallel.cursor.place.length)
         self.blocks = heads.blocks()
+        if dropout:
+            self.cursor.draw(name)
 
     def forward(self, x: tuple[Array, Array]) -> tuple[Array, Any]:
         q, kv = x
         place = self.cursor.place
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
-            part, row = self._forward(q[queries], block[keys], causal, self._mask(place, peer, q))
+            first = place.documents.blocks[peer] if place.documents else None
+            if not (causal or first is None or first.any(len(block[keys]))):
+                continue
+            part, row = self._forward(q[queries], block[keys], causal, self._mask(place, peer, q), first)
             if causal:  # this rank's own block, which comes first
                 o, lse = part.astype(self._summing(q), copy=False), row
             else:
@@ -179,22 +118,26 @@ class CausalAttention(Module):
         carried = None  # the gradient of the block at hand, from the ranks that had it before
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
-            rows = (dy[queries], q[queries], o[queries], lse[..., queries])
-            part, gradient = self._backward(*rows, block[keys], causal, self._mask(place, peer, q))
+            first = place.documents.blocks[peer] if place.documents else None
+            seen = causal or first is None or first.any(len(block[keys]))
+            if seen:
+                rows = (dy[queries], q[queries], o[queries], lse[..., queries])
+                part, gradient = self._backward(*rows, block[keys], causal, self._mask(place, peer, q), first)
             if causal:
                 dq, own = part.astype(self._summing(q), copy=False), gradient
                 continue
-            dq[queries] += part
             total = array_module(q).zeros_like(block) if carried is None else carried.wait()
-            total[keys] += gradient
+            if seen:
+                dq[queries] += part
+                total[keys] += gradient
             carried = self.ring.hop(total, peer, SUM)
         return dq.astype(q.dtype, copy=False), own if carried is None else own + carried.wait()
 
-    def _forward(self, q: Array, kv: Array, causal: bool, mask: Mask) -> tuple[Array, Array]:
+    def _forward(self, q: Array, kv: Array, causal: bool, mask: Mask, first: First | None) -> tuple[Array, Array]:
         """Attention to one block of keys and values, and the log-sum-exp of its rows."""
         k, xp, scale = kernels.of(q), array_module(q), self._scale(q)
         parts: list[tuple[Array, Array]] = [
-            k.attention(q[:, :, qs], kv[:, :, ks], scale, mask(qs), causal) for qs, ks in self.blocks
+            k.attention(q[:, :, qs], kv[:, :, ks], scale, mask(qs), causal, first) for qs, ks in self.blocks
         ]
         if len(parts) == 1:  # the usual case: nothing to join
             return parts[0]
@@ -204,14 +147,14 @@ class CausalAttention(Module):
         return o, lse
 
     def _backward(
-        self, dy: Array, q: Array, o: Array, lse: Array, kv: Array, causal: bool, mask: Mask
+        self, dy: Array, q: Array, o: Array, lse: Array, kv: Array, causal: bool, mask: Mask, first: First | None
     ) -> tuple[Array, Array]:
         """This block's part of dq, and the part of its own gradient that these queries make."""
         k, xp = kernels.of(q), array_module(q)
         parts: list[tuple[Array, Array]] = []
         for qs, ks in self.blocks:
             here = (dy[:, :, qs], q[:, :, qs], kv[:, :, ks], o[:, :, qs], lse[:, qs])
-            parts.append(k.attention_backward(*here, self._scale(q), mask(qs), causal))
+            parts.append(k.attention_backward(*here, self._scale(q), mask(qs), causal, first))
         if len(parts) == 1:
             return parts[0]
         dq, dkv = xp.empty_like(q), xp.zeros_like(kv)

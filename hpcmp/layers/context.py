@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import partition
 from ..arrays import Array, array_module
 from ..collectives import Collective, Total
 from ..comm.base import Communicator, Pending
+from ..documents import Documents, First
 from ..module import Module
 from ..wgrad import WGrad
+from .parallel import ModelParallel
 
 #: Tags: a block on its way round the ring, and what goes along with it.
 BLOCK, SUM = 0, 1
@@ -52,6 +57,15 @@ class Ring:
             else (slice(early[rank], None), slice(None), False)
         )
 
+    def first(self, peer: int, begins: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The first of the keys of ``pair`` that each query of it sees of its own document, as a row of these keys.
+
+        begins (batch, length): where the document of each position begins. Returns (batch, queries).
+        """
+        queries, keys, _ = self.pair(peer)
+        here, there = self.positions(self.comm.rank)[queries], self.positions(peer)[keys]
+        return np.searchsorted(there, begins[:, here])
+
     def blocks(self, block: Array) -> Iterator[tuple[int, Array]]:
         """(rank, its block), this rank's own first; the next one is on its way while the caller works on one."""
         rank, size = self.comm.rank, self.comm.size
@@ -75,6 +89,16 @@ class Ring:
             return coming.wait()
 
         return Pending(x, (), finish)
+
+
+def documents(parallel: ModelParallel, begins: NDArray[np.int32], xp: Any) -> Documents:
+    """What this rank's layers need of documents that begin at ``begins`` (batch, length), for arrays of ``xp``; the
+    cursor is at a sequence of this length."""
+    ring, here = Ring(parallel.ring, lambda: begins.shape[1]), parallel.positions()
+    return Documents(
+        tuple(First.of(ring.first(peer, begins), xp) for peer in range(ring.comm.size)),
+        xp.asarray((here - begins[:, here]).T.astype(np.int32)),
+    )
 
 
 class PositionsToHeads(Collective):

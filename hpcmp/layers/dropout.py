@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import kernels, random
+from .. import kernels
 from ..arrays import Array, array_module
 from ..cursor import Cursor, Place
 from ..module import Module
@@ -30,6 +30,8 @@ class Dropout(Module):
     def __init__(self, parallel: ModelParallel, hidden: int, rate: float, name: str) -> None:
         self.parallel, self.rate, self.name = parallel, rate, name
         self.columns = parallel.tp_y.part(hidden)
+        if rate:
+            parallel.cursor.draw(name)
 
     def forward(self, x: Array) -> tuple[Array, DropoutMask | None]:
         return self.forward_onto(x, None)
@@ -38,12 +40,12 @@ class Dropout(Module):
         place = self.parallel.cursor.place
         if self.rate == 0 or not place.training:
             return x if onto is None else kernels.of(x).add(onto, x), None
-        xp, here = array_module(x), self.parallel.positions()
-        mask = random.DropoutMask(
+        xp, cursor = array_module(x), self.parallel.cursor
+        mask = DropoutMask(
             self.rate,
-            random.key(self.parallel.cursor.seed, self.name, place.step),
-            _there(here, xp)[:, None],
-            samples(place, x.shape[1], xp),
+            cursor.key(self.name, place, xp),
+            _there(self.parallel.positions()[:, None], xp),
+            samples(cursor, place, x.shape[1], xp),
             (self.columns,),
         )
         return kernels.of(x).dropout(x, mask, onto), mask
@@ -70,27 +72,26 @@ def attention_mask(
     if rate == 0 or not place.training or not queries.size or not keys.size:
         return None
     xp = array_module(like)
-    return random.DropoutMask(
+    return DropoutMask(
         rate,
-        random.key(cursor.seed, name, place.step),
+        cursor.key(name, place, xp),
         _there(queries, xp),
-        samples(place, like.shape[1], xp)[:, None, None],
+        samples(cursor, place, like.shape[1], xp)[:, None, None],
         tuple(slice(int(r[0]), int(r[-1]) + 1) for r in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1)),
-        xp.arange(heads.start, heads.stop)[:, None],
+        _there(np.arange(heads.start, heads.stop)[:, None], xp),
     )
 
 
-def samples(place: Place, batch: int, xp: Any) -> Array:
+def samples(cursor: Cursor, place: Place, batch: int, xp: Any) -> Array:
     """Each sample's index within the global batch."""
-    return xp.arange(batch) if place.samples is None else _there(place.samples, xp)
+    return xp.arange(batch) if place.samples is None else cursor.arrays(place, xp)["drawn"][:batch]
 
 
 def _there(indices: NDArray[np.int64], xp: ModuleType) -> Array:
-    """The same numbers as an array of ``xp``. Every layer of a microbatch asks for the same ones, and a copy to a GPU
-    makes the host wait for what it has queued: there is one for all of them."""
-    return indices if xp is np else _copied(np.asarray(indices, np.int64).tobytes(), xp)
+    """The same numbers as an array of ``xp``: one for all who ask for them, which stays, since CUDA graphs read it."""
+    return _copied(np.asarray(indices, np.int64).tobytes(), indices.shape, xp)
 
 
-@functools.lru_cache(maxsize=16)
-def _copied(numbers: bytes, xp: ModuleType) -> Array:
-    return xp.asarray(np.frombuffer(numbers, np.int64))
+@functools.cache
+def _copied(numbers: bytes, shape: tuple[int, ...], xp: ModuleType) -> Array:
+    return xp.asarray(np.frombuffer(numbers, np.int64).reshape(shape))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .. import kernels
 from ..arrays import Array
 from ..module import Initial, Module, Parameter
@@ -39,20 +36,27 @@ class VocabularyParallelEmbedding(Module):
 
 class LearnedPositions(Module):
     """y = x + P[position]. x (s, batch, h) may be a shard of the sequence; P (sequence, h) has every position, and of
-    hidden this rank's share over tp_y."""
+    hidden this rank's share over tp_y. Where documents are kept apart, positions are counted from the beginning of
+    each."""
 
     def __init__(self, parallel: ModelParallel, sequence: int, hidden: int, initial: Initial | None = None) -> None:
         self.parallel = parallel
         self.weight = parallel.replicated(sequence, hidden, hidden=1, initial=initial)
 
     def forward(self, x: Array) -> tuple[Array, Any]:
+        documents, table = self.parallel.cursor.place.documents, self.weight.data
+        if documents is not None:
+            return x + kernels.of(table).embedding(table, documents.positions, 0), documents.positions
         here = self.parallel.positions()
-        return x + self.weight.data[here][:, None], here
+        return x + table[here][:, None], here
 
-    def backward(self, dy: Array, saved: NDArray[np.int64], wgrad: WGrad) -> Array:
+    def backward(self, dy: Array, saved: Array, wgrad: WGrad) -> Array:
         wgrad(self.backward_weight, saved, dy)
         return dy
 
-    def backward_weight(self, here: NDArray[np.int64], dy: Array) -> None:
-        """dP[position] += sum over the batch of dy; no position is here twice."""
-        self.weight.grad[here] += dy.sum(1, dtype=self.weight.grad.dtype)
+    def backward_weight(self, here: Array, dy: Array) -> None:
+        """dP[position] += sum over the batch of dy: positions (s,) of all samples, none twice, or (s, batch)."""
+        if here.ndim == 1:
+            self.weight.grad[here] += dy.sum(1, dtype=self.weight.grad.dtype)
+        else:
+            kernels.of(dy).embedding_backward_weight(self.weight.grad, here, 0, dy)

@@ -9,10 +9,11 @@ ones in which it was zero, is scaled as with "current"; the device decides that,
 Scales are powers of two, and so a number is rounded alike whatever part of its tensor lies on a rank, unless it lies
 2^14 (x, weights) or 2^29 (dy) under the largest: which scale it is decides nothing else, and layouts agree to rounding.
 
-A linear keeps x, not its codes: so it stays what ``hpcmp.recompute`` can make again and sequence parallelism gather
-again, which the codes would then be made from a second time in any case. Of dy, codes alone wait for the product that
-makes the weight's gradient. Micikevicius et al., "FP8 formats for deep learning", 2022; delayed scaling as in NVIDIA's
-Transformer Engine.
+A linear keeps the codes of x^T, which one kernel makes with those of x: x is read once, and gone after the forward.
+Where x stays for another reason that is what it keeps, and quantises again for the weight's gradient: the result of
+attention, which that keeps itself; what ``hpcmp.recompute`` makes again; a shard that sequence parallelism gathers
+again. Of dy, the codes of dy^T and sums of rows wait for the weight's gradient and the bias's. Micikevicius et al.,
+"FP8 formats for deep learning", 2022; delayed scaling as in NVIDIA's Transformer Engine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 from .. import kernels
 from ..arrays import Array, array_module
 from ..comm.base import Communicator
-from ..kernels.cuda.multiply import multiplies_8_bits
+from ..kernels.fp8 import SUMMED
 from ..module import Parameter
 from .products import LinearProducts, Products, matrix
 
@@ -39,7 +40,7 @@ HISTORY = 16  # steps
 class Factor:
     """A matrix (m, n) in 8 bits: its codes and those of its transpose, of which one may be None, and 1 / scale.
 
-    shape and dtype: of the array (..., n) that it was made of.
+    sums: where they are wanted, of each ``SUMMED`` rows. shape and dtype: of the array (..., n) that it was made of.
     """
 
     codes: Array
@@ -48,6 +49,7 @@ class Factor:
     format: str
     shape: tuple[int, ...]
     dtype: Any
+    sums: Array = None
 
 
 class Fp8(Products):
@@ -73,16 +75,6 @@ class Fp8(Products):
         tensors = sum(each.tensors for each in self.linears)
         history, largest, seen = (self.xp.zeros(n, np.float32) for n in (tensors * HISTORY, tensors, tensors))
         return history.reshape(tensors, HISTORY), largest, seen
-
-    def advice(self) -> str:
-        if self.xp is np:
-            return "train.fp8: on a CPU numbers are rounded to 8 bits and multiplied in float32, slower than without"
-        if multiplies_8_bits():
-            return ""
-        return (
-            "train.fp8: products of 8 bits need compute capability 8.9 and nvmath-python; here numbers are rounded to "
-            "8 bits and multiplied in bfloat16, slower than without"
-        )
 
     def begin(self) -> None:
         """Weights that have changed are quantised, in the memory of the old ones, for all microbatches."""
@@ -121,12 +113,19 @@ class Fp8Linear(LinearProducts):
         self.of, self.weights, self.rows, self.first = of, weights, rows, first
         self.tensors = 1 + len(weights)
 
-    def input(self, x: Array, *, again: bool = False) -> Factor:
-        return self._factor(x, self.first, "e4m3", rows=not again, columns=again)
+    def input(self, x: Array, stays: bool = False) -> tuple[Factor, Any]:
+        made = self._factor(x, self.first, "e4m3", columns=not stays)
+        kept, made.turned = (made.turned, made.inverse), None  # what the product reads is gone after it
+        return made, x if stays else kept
 
-    def gradient(self, dy: Array, weight: Parameter) -> Factor:
+    def outer(self, kept: Any) -> Factor:
+        if isinstance(kept, tuple):
+            return Factor(None, kept[0], kept[1], "e4m3", (), None)
+        return self._factor(kept, self.first, "e4m3", rows=False)
+
+    def gradient(self, dy: Array, weight: Parameter, bias: bool = False) -> Factor:
         place = next(i for i, each in enumerate(self.weights) if each is weight)
-        return self._factor(dy, self.first + 1 + place, "e5m2", rows=True, columns=True)
+        return self._factor(dy, self.first + 1 + place, "e5m2", summed=bias)
 
     def forward(self, x: Factor, weight: Parameter, rows: int, bias: Array | None, onto: Array | None = None) -> Array:
         w = quantised(weight, rows)
@@ -140,13 +139,20 @@ class Fp8Linear(LinearProducts):
         return dx if onto is None else kernels.of(dx).add(onto, dx)
 
     def add_outer(
-        self, weight: Parameter, rows: int, x: Factor, factor: Factor, bias_grad: Array | None = None, dy: Array = None
+        self,
+        weight: Parameter,
+        rows: int,
+        x: Factor,
+        factor: Factor,
+        bias_grad: Array | None = None,
+        dy: Array | None = None,
     ) -> None:
         grad = matrix(weight.grad, rows)
         scales, formats = (x.inverse, factor.inverse), (x.format, factor.format)
         kernels.of(grad).fp8_product(grad, x.turned, factor.turned, *scales, formats, accumulate=True)
         if bias_grad is not None:
-            kernels.of(dy).add_rows(bias_grad, dy)
+            summed = factor.sums if dy is None else dy
+            kernels.of(summed).add_rows(bias_grad, summed)
 
     def _product(
         self, a: Array, b: Array, x: Factor, w: Factor, shape: tuple[int, ...], bias: Array | None = None
@@ -155,15 +161,19 @@ class Fp8Linear(LinearProducts):
         kernels.of(out).fp8_product(out, a, b, x.inverse, w.inverse, (x.format, w.format), bias)
         return out.reshape(shape)
 
-    def _factor(self, x: Array, tensor: int, format: str, *, rows: bool, columns: bool) -> Factor:
-        k, flat, known, record = kernels.of(x), matrix(x, x.ndim - 1), None, None
+    def _factor(
+        self, x: Array, tensor: int, format: str, *, rows: bool = True, columns: bool = True, summed: bool = False
+    ) -> Factor:
+        k, flat, known, record, sums = kernels.of(x), matrix(x, x.ndim - 1), None, None, None
         if self.of.delayed:
             known, seen = (each[tensor : tensor + 1] for each in self.of.magnitudes[1:])
             record = seen if rows else None
+        if summed:
+            sums = self.of.xp.empty((-(-len(flat) // SUMMED), flat.shape[1]), np.float32)
         largest = self.of.xp.zeros(1, np.float32)
         k.add_amax(largest, flat, known)
-        made = k.quantise(flat, largest, format, rows, columns, record)
-        return Factor(made[0], made[1], made[2], format, x.shape, x.dtype)
+        made = k.quantise(flat, largest, format, rows, columns, record, sums=sums)
+        return Factor(made[0], made[1], made[2], format, x.shape, x.dtype, sums)
 
 
 def quantised(weight: Parameter, rows: int) -> Factor:

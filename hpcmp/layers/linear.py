@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import kernels
 from ..arrays import Array
+from ..comm.base import Pending
 from ..module import Initial, Module, Parameter, constant
 from ..wgrad import WGrad
 from .parallel import ModelParallel
@@ -34,8 +35,8 @@ class ColumnParallelLinear(Module):
     x (s, batch, h): a shard of the sequence, or the whole, and of hidden this rank's share over tp_y (see
     ``ModelParallel``), so that a rank's product is one summand of Y; the first rank of tp_y adds b. Several outputs
     share one entry: the result is then a tuple, one array (S, batch, *shape) per output, each summed under the next
-    one's product. Weights are (h, *shape), biases (*shape,). The backward re-enters x (keeping only the shard), starts
-    the exit of dX, and computes dW under it.
+    one's product. Weights are (h, *shape), biases (*shape,). The backward re-enters x (keeping only the shard, or what
+    ``products`` have made of the whole where it was not gathered), starts the exit of dX, and computes dW under it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ColumnParallelLinear(Module):
     ) -> None:
         self.enter, self.contract = parallel.enter, parallel.contract
         self.first = parallel.tp_y.rank == 0
+        self.gathers = parallel.sequence and parallel.tp.size > 1
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         for name, o in outputs.items():
@@ -62,35 +64,35 @@ class ColumnParallelLinear(Module):
                 )
         self.products = parallel.products.linear(list(self.weights.values()), 1)
 
-    def forward(self, x: Array) -> tuple[Any, Array]:
+    def forward(self, x: Array) -> tuple[Any, Any]:
         whole = self.enter(x)
-        factor = self.products.input(whole)
+        factor, kept = self.products.input(whole, self.gathers or self.input_stays)
         sums = []
         for name, weight in self.weights.items():
             bias = self.biases[_bias(name)].data.reshape(-1) if self.biases and self.first else None
             sums.append(self.contract.start(self.products.forward(factor, weight, 1, bias)))
         shapes = [(*whole.shape[:-1], *weight.data.shape[1:]) for weight in self.weights.values()]
         ys = [pending.wait().reshape(shape) for pending, shape in zip(sums, shapes, strict=True)]
-        return ys[0] if len(ys) == 1 else tuple(ys), x
+        return ys[0] if len(ys) == 1 else tuple(ys), x if kept is whole else kept
 
-    def backward(self, dy: Any, x: Array, wgrad: WGrad) -> Array:
-        whole = self.enter.start(x)  # with sequence parallelism, under the GEMM of dX
-        dys = (dy,) if len(self.weights) == 1 else dy
-        flat = [matrix(d, x.ndim - 1, keep=True) for d in dys]
-        factors = [self.products.gradient(d, weight) for d, weight in zip(flat, self.weights.values(), strict=True)]
+    def backward(self, dy: Any, saved: Any, wgrad: WGrad) -> Array:
+        whole = Pending(saved) if isinstance(saved, tuple) else self.enter.start(saved)  # under the GEMM of dX
+        dys, weights = (dy,) if len(self.weights) == 1 else dy, list(self.weights.values())
+        flat = [matrix(d, d.ndim - len(w.shape) + 1, keep=True) for d, w in zip(dys, weights, strict=True)]
+        factors = [self.products.gradient(d, w, bool(self.biases)) for d, w in zip(flat, weights, strict=True)]
         dx = None
-        for factor, weight in zip(factors, self.weights.values(), strict=True):
+        for factor, weight in zip(factors, weights, strict=True):
             dx = self.products.backward(factor, weight, 1, onto=dx)
         leaving = self.enter.T.start(dx)
-        wgrad(self.backward_weight, whole.wait(), factors, flat if self.biases else factors)  # hides the exit of dX
+        wgrad(self.backward_weight, whole.wait(), factors)  # hides the exit of dX
         return leaving.wait()
 
-    def backward_weight(self, x: Array, factors: list[Any], dys: list[Any]) -> None:
-        """dW += X^T dY, db += sum dY. factors: what ``products`` multiplies for the dys."""
-        again = self.products.input(x, again=True)
-        for factor, dy, (name, weight) in zip(factors, dys, self.weights.items(), strict=True):
+    def backward_weight(self, x: Any, factors: list[Any]) -> None:
+        """dW += X^T dY, db += sum dY. x: what was kept of the whole; factors: what ``products`` make of the dYs."""
+        outer = self.products.outer(x)
+        for factor, (name, weight) in zip(factors, self.weights.items(), strict=True):
             bias = self.biases[_bias(name)].grad.reshape(-1) if self.biases else None
-            self.products.add_outer(weight, 1, again, factor, bias, dy)
+            self.products.add_outer(weight, 1, outer, factor, bias)
 
 
 class RowParallelLinear(Module):
@@ -120,30 +122,39 @@ class RowParallelLinear(Module):
         self.rank = len(shape)
         self.products = parallel.products.linear([self.weight], self.rank)
 
-    def forward(self, x: Array) -> tuple[Array, Array]:
-        return self.leave(self._product(x)), x
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        y, kept = self._product(x)
+        return self.leave(y), kept
 
-    def forward_onto(self, x: Array, onto: Array) -> tuple[Array, Array]:
+    def forward_onto(self, x: Array, onto: Array) -> tuple[Array, Any]:
         if self.leave.comm.size > 1:  # the sum of the ranks' products comes first
-            return kernels.of(onto).add(onto, self.leave(self._product(x))), x
-        return self._product(x, onto), x
+            y, kept = self._product(x)
+            return kernels.of(onto).add(onto, self.leave(y)), kept
+        return self._product(x, onto)
 
-    def _product(self, x: Array, onto: Array | None = None) -> Array:
+    def _product(self, x: Array, onto: Array | None = None) -> tuple[Array, Any]:
         flat = matrix(self.expand(x), x.ndim - self.rank, keep=True)
+        factor, kept = self.products.input(flat, self.input_stays)
         bias = self.bias.data if self.bias is not None and self.first else None
-        return self.products.forward(self.products.input(flat), self.weight, self.rank, bias, onto)
+        y = self.products.forward(factor, self.weight, self.rank, bias, onto)
+        return y, x if kept is flat else kept
 
-    def backward(self, dy: Array, x: Array, wgrad: WGrad) -> Array:
-        factor = self.products.gradient(self.leave.T(dy), self.weight)
-        dx = self.expand.T.start(self.products.backward(factor, self.weight, self.rank))
-        wgrad(self.backward_weight, x, factor, dy if self.bias is not None else None)  # hides the sum of dX
-        return dx.wait().reshape(x.shape)
+    def backward(self, dy: Array, saved: Any, wgrad: WGrad) -> Array:
+        whole = self.leave.T(dy)
+        own = None if self.bias is None or whole is dy else dy
+        factor = self.products.gradient(whole, self.weight, self.bias is not None and own is None)
+        del whole
+        leaving = self.expand.T.start(self.products.backward(factor, self.weight, self.rank))
+        wgrad(self.backward_weight, saved, factor, own)  # hides the sum of dX
+        dx = leaving.wait()
+        return dx.reshape(*dx.shape[:-1], *self.weight.local_shape[: self.rank])
 
-    def backward_weight(self, x: Array, factor: Any, dy: Array) -> None:
-        """dW += X^T dY, by what ``products`` multiplies for the whole dY; db += sum of this rank's own dY."""
-        again = self.products.input(matrix(x, x.ndim - self.rank, keep=True), again=True)
+    def backward_weight(self, x: Any, factor: Any, own: Array | None) -> None:
+        """dW += X^T dY, of what was kept of X and what ``products`` make of the whole dY; db += the sum of this rank's
+        own dY, given where that is another."""
+        flat = x if isinstance(x, tuple) else matrix(x, x.ndim - self.rank, keep=True)
         bias = self.bias.grad if self.bias is not None else None
-        self.products.add_outer(self.weight, self.rank, again, factor, bias, dy)
+        self.products.add_outer(self.weight, self.rank, self.products.outer(flat), factor, bias, own)
 
 
 class ParallelHead(Module):

@@ -48,7 +48,8 @@ class GELUDown(RowParallelLinear):
 
     def backward(self, dy: Array, saved: list[Array], wgrad: WGrad) -> Array:
         whole = self.leave.T(dy)
-        wgrad(self.backward_weight, saved.pop(), whole, dy)  # first: it frees gelu(z), and there is nothing to hide
+        own = None if whole is dy else dy
+        wgrad(self.backward_weight, saved.pop(), whole, own)  # first: it frees gelu(z), and there is nothing to hide
         dz: Array = kernels.of(dy).matmul_gelu_backward(whole, matrix(self.weight.data, 1), saved.pop())
         return dz
 

@@ -18,12 +18,18 @@ class LinearProducts:
     ``Parameter`` s of which the first ``rows`` axes make the i rows of a matrix (i, o).
     """
 
-    def input(self, x: Array, *, again: bool = False) -> Any:
-        """x as ``forward`` takes it or, ``again``, as ``add_outer`` does."""
-        return x
+    def input(self, x: Array, stays: bool = False) -> tuple[Any, Any]:
+        """x as ``forward`` takes it, and what is to be kept of it: x itself, as always where it ``stays`` for another
+        reason, or a tuple of arrays."""
+        return x, x
 
-    def gradient(self, dy: Array, weight: Parameter) -> Any:
-        """The gradient of what ``weight`` made, as ``backward`` and ``add_outer`` take it."""
+    def outer(self, kept: Any) -> Any:
+        """What was to be kept of x, or x itself, as ``add_outer`` takes it."""
+        return kept
+
+    def gradient(self, dy: Array, weight: Parameter, bias: bool = False) -> Any:
+        """The gradient of what ``weight`` made, as ``backward`` and ``add_outer`` take it, from which the latter can
+        tell that of a ``bias``."""
         return dy
 
     def forward(self, x: Any, weight: Parameter, rows: int, bias: Array | None, onto: Array | None = None) -> Array:
@@ -39,13 +45,13 @@ class LinearProducts:
         return dx
 
     def add_outer(
-        self, weight: Parameter, rows: int, x: Any, factor: Any, bias_grad: Array | None = None, dy: Array = None
+        self, weight: Parameter, rows: int, x: Any, factor: Any, bias_grad: Array | None = None, dy: Array | None = None
     ) -> None:
-        """dw += x^T dy, into ``weight.grad``, of what ``input`` and ``gradient`` made; and bias_grad += the sum of the
-        rows of ``dy``, which need not be those of ``factor``, if it is there."""
+        """dw += x^T dy, into ``weight.grad``, of what ``outer`` and ``gradient`` made; and bias_grad += the sum of the
+        rows of what ``factor`` was made of or, given that, of ``dy``."""
         k, grad = kernels.of(x), matrix(weight.grad, rows)
-        if bias_grad is not None and factor is dy:
-            k.add_outer_and_rows(grad, bias_grad, x, dy)
+        if bias_grad is not None and dy is None:
+            k.add_outer_and_rows(grad, bias_grad, x, factor)
             return
         k.add_outer(grad, x, factor)
         if bias_grad is not None:
@@ -61,10 +67,6 @@ class Products:
     def linear(self, weights: Sequence[Parameter], rows: int) -> LinearProducts:
         """For a linear of one input that has these weights, each a matrix by its first ``rows`` axes."""
         return _PLAIN
-
-    def advice(self) -> str:
-        """What is better known before a run; "" for nothing."""
-        return ""
 
     def begin(self) -> None:
         """Microbatches are about to be computed, with the weights that are there."""

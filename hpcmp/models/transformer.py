@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from .. import partition
 from ..layers.activation import GELU, SwiGLU
-from ..layers.attention import Heads, Rope, attention_core
+from ..layers.attention import Rope, attention_core
 from ..layers.dropout import Dropout
 from ..layers.embedding import LearnedPositions, VocabularyParallelEmbedding
+from ..layers.heads import Heads
 from ..layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
 from ..layers.mlp import fuse
 from ..layers.moe import MixtureOfExperts
@@ -132,6 +133,7 @@ def _attention(a: Architecture, parallel: ModelParallel, name: str) -> dict[str,
     layers["out"] = RowParallelLinear(
         parallel, (a.heads, a.head_size), a.hidden, bias=a.bias, initial=normal(a.leaving_std)
     )
+    layers["out"].input_stays = parallel.ulysses.size == 1  # attention keeps its result
     return layers | _dropout(a, parallel, name)
 
 

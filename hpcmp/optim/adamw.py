@@ -18,7 +18,6 @@ class AdamW(Optimizer):
     """
 
     kinds = ("m", "v")
-    late = True
 
     def __init__(
         self, buckets: Buckets, *, betas: tuple[float, float] = (0.9, 0.95), epsilon: float = 1e-8, **settings: Any

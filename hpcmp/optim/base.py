@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..arrays import Array, to_host
+from ..arrays import Array
 from ..offload import Handle, Host
 from ..parallel.bucket import Bucket
 from ..parallel.buckets import Buckets
@@ -28,8 +28,6 @@ class Optimizer(ABC):
     """
 
     kinds: tuple[str, ...]
-    #: Whether ``update`` leaves the factor of the gradient where it is, so that the host need not know it.
-    late = False
 
     def __init__(
         self, buckets: Buckets, *, weight_decay: float = 0.1, clip: float | None = 1.0, host: Host | None = None
@@ -59,21 +57,17 @@ class Optimizer(ABC):
     def apply(self, rate: float, factor: float | Array) -> None:
         """One step with ``factor`` times the gradients in the buckets; none at all if that is NaN. Collective.
 
-        factor: the same on every rank; a number, or an array of one, float64, where the gradients are: if the optimizer
-        is ``late``, the host does not wait for it. ``steps`` counts the step in any case: who learns that the
-        factor was NaN takes that back.
+        factor: the same on every rank; a number, or an array of one, float64, where the gradients are, which the host
+        does not wait for. ``steps`` counts the step in any case: who learns that the factor was NaN takes that back.
         """
-        if not self.late:
-            factor = to_host(factor).item()
         self.steps += 1
-        if self.late or not math.isnan(factor):
-            self.update(rate, factor)
+        self.update(rate, factor)
         self.buckets.publish()
 
     @abstractmethod
     def update(self, rate: float, grad_scale: float | Array) -> None:
-        """Move every bucket's ``master`` and state; ``steps`` counts this step already. grad_scale: an array, as
-        ``kernels.update`` takes it, only if the optimizer is ``late``."""
+        """Move every bucket's ``master`` and state, unless grad_scale is NaN; ``steps`` counts this step already.
+        grad_scale: as ``kernels.update`` takes it. The host must not ask for it, nor for what depends on it."""
 
     def resident(self) -> Iterator[tuple[Bucket, dict[str, Array]]]:
         """Every bucket, and its state to be changed in place: what waits on the host comes in while the bucket before

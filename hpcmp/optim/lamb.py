@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import kernels
-from ..arrays import module_for
+from ..arrays import Array, module_for
 from ..comm.mesh import Mesh
 from ..parallel.buckets import Buckets
 from .adamw import AdamW
@@ -20,15 +20,13 @@ class LAMB(AdamW):
     zero, and for parameters that do not decay (norms and biases), the ratio is 1.
     """
 
-    late = False  # ``adam_update`` takes the factor of the gradient as a number
-
     def __init__(self, buckets: Buckets, **settings: Any) -> None:
         super().__init__(buckets, **settings)
         self.parts = [list(parts(bucket)) for bucket in buckets.buckets]
         mine = {(part.parameter.name, part.matrix) for some in self.parts for part in some}
         self.numbers = {key: i for i, key in enumerate(sorted(set().union(*buckets.mesh.gather_objects(mine))))}
 
-    def update(self, rate: float, grad_scale: Any) -> None:
+    def update(self, rate: float, grad_scale: float | Array) -> None:
         mesh, buckets = self.buckets.mesh, self.buckets.buckets
         xp = buckets[0].xp if buckets else module_for(mesh.device)
         squares, directions = xp.zeros((2, len(self.numbers))), []  # where the weights are: the host waits for none
@@ -52,9 +50,10 @@ class LAMB(AdamW):
                         k.add_square_sum(row[at : at + 1], part.view(x)[part.owned])
         weights, lengths = xp.sqrt(mesh[Mesh.axes].all_reduce(squares).wait())
         good = (weights > 0) & (lengths > 0)
-        rates = rate * xp.where(good, weights / xp.where(good, lengths, 1), 1.0)
+        ratios = xp.where(good, weights / xp.where(good, lengths, 1), 1.0)
+        rates = (rate + 0 * grad_scale) * ratios  # NaN, so that nothing changes, where that is
         for bucket, u, some in zip(buckets, directions, self.parts, strict=True):
-            narrow = rates.astype(bucket.master.dtype)
+            k = kernels.of(bucket.master)
             for part in some:
                 at = self.numbers[part.parameter.name, part.matrix]
-                bucket.master[part.place] -= narrow[at] * u[part.place]
+                k.descend(bucket.master[part.place], u[part.place], rate=rates[at : at + 1], decay=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import kernels
+from ..arrays import Array
 from ..parallel.bucket import Bucket
 from ..parallel.buckets import Buckets
 from .adamw import AdamW
@@ -25,7 +26,6 @@ class Muon(AdamW):
     """
 
     round_size = 1 << 24
-    late = False  # ``nesterov`` takes the factor of the gradient as a number
 
     def __init__(self, buckets: Buckets, *, momentum: float = 0.95, **settings: Any) -> None:
         self.momentum = momentum
@@ -36,7 +36,7 @@ class Muon(AdamW):
     def kinds_of(self, bucket: Bucket) -> tuple[str, ...]:
         return ("m",) if bucket.parameters[0].matrix else self.kinds
 
-    def update(self, rate: float, grad_scale: Any) -> None:
+    def update(self, rate: float, grad_scale: float | Array) -> None:
         ahead = {}
         for bucket, state in self.resident():
             if bucket.parameters[0].matrix:
@@ -44,6 +44,7 @@ class Muon(AdamW):
                 ahead[id(bucket)] = k.nesterov(bucket.grad, state["m"], momentum=self.momentum, grad_scale=grad_scale)
             else:
                 self.step_bucket(bucket, state, rate, grad_scale)
+        here = rate + 0 * grad_scale  # NaN, so that nothing changes, where that is
         for bucket, part, direction in self.exchange.orthogonal(ahead):
-            weight = part.view(bucket.master)
-            weight -= rate * (direction + self.decay(bucket) * weight)
+            k, weight = kernels.of(bucket.master), bucket.master[part.place]
+            k.descend(weight, direction.reshape(-1), rate=here, decay=self.decay(bucket))

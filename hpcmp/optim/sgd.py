@@ -14,7 +14,6 @@ class SGD(Optimizer):
     """m <- momentum m + g, w <- w - rate (m + decay w). Polyak, 1964; see ``kernels.update.sgd``."""
 
     kinds = ("m",)
-    late = True
 
     def __init__(self, buckets: Buckets, *, momentum: float = 0.9, **settings: Any) -> None:
         self.momentum = momentum

@@ -43,20 +43,19 @@ class Config:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     run: Run = dataclasses.field(default_factory=Run)
 
-    def resolved(self, *, ranks: int | None = None, vocabulary: int | None = None) -> Config:
+    def resolved(
+        self, *, ranks: int | None = None, vocabulary: int | None = None, end_of_document: int | None = None
+    ) -> Config:
         """The configuration that runs: what follows from other values filled in, relations between keys checked.
 
-        ``layout.dp`` and ``model.vocabulary`` are filled in if ``ranks`` and ``vocabulary`` are given, else left alone.
-        Idempotent. Raises InputError naming the keys that do not fit.
+        ``layout.dp``, ``model.vocabulary`` and ``data.end_of_document`` are filled in if ``ranks``, ``vocabulary`` and
+        ``end_of_document`` are given, else left alone. Idempotent. Raises InputError naming the keys that do not fit.
         """
         train = fill(
             self.train,
             loss_scale=65536.0 if self.train.dtype == "float16" else 1.0,
-            ahead=int(self.train.device == "cuda" and _may_run_ahead(self)),
+            ahead=int(self.train.device == "cuda"),
         )
-        if train.ahead and not _may_run_ahead(self):
-            why = f'optimizer.name = "{self.optimizer.name}", train.dtype = "{train.dtype}"'
-            raise InputError(f"train.ahead = 1: the host decides about each step ({why}); train.ahead = 0 would fit")
         run = fill(self.run, directory="runs/unnamed")
         if train.microbatch is not None and train.microbatch > train.batch:
             raise InputError(f"train.microbatch = {train.microbatch} is more than train.batch = {train.batch}")
@@ -76,9 +75,11 @@ class Config:
         _check_experts(self.model, self.layout)
         if train.cuda_graphs:
             _check_graphs(self)
+        model = fill(self.model, vocabulary=vocabulary).resolved()
         return dataclasses.replace(
             self,
-            model=fill(self.model, vocabulary=vocabulary).resolved(),
+            model=model,
+            data=self.data.resolved(model.vocabulary, end_of_document),
             train=train,
             optimizer=self.optimizer.resolved(train.steps),
             layout=self.layout.resolved(ranks),
@@ -86,6 +87,18 @@ class Config:
             checkpoint=fill(self.checkpoint, directory=str(Path(run.directory) / "checkpoints")),
             run=run,
         )
+
+    def microbatches(self, samples: int | None = None) -> int:
+        """How many microbatches a replica with ``samples`` samples (by default the largest share) cuts them into; of a
+        configuration that is resolved for its ranks.
+
+        Without ``train.microbatch``: one, or with a pipeline four a stage as far as there are samples for them.
+        """
+        size, pp = self.train.microbatch, self.layout.pp
+        samples = samples or -(-self.train.batch // (self.layout.dp * self.layout.tp_z))
+        if size is None:
+            return 1 if pp == 1 else min(samples, 4 * pp)
+        return -(-samples // size)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{section: {key: value}} of JSON values, equal to itself after a round trip through JSON."""
@@ -107,11 +120,6 @@ class Config:
 
 #: The class of every section, in the order of the file.
 SECTIONS: dict[str, type[Section]] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
-
-
-def _may_run_ahead(config: Config) -> bool:
-    """Whether no step depends on what the host knows of the one before."""
-    return config.optimizer.name in ("adamw", "sgd") and config.train.dtype != "float16"
 
 
 def _recoverable(config: Config) -> Communication:
@@ -145,17 +153,15 @@ def _check_graphs(config: Config) -> None:
     layout, model = config.layout, config.model
     refused = {
         'train.device = "cpu"': (config.train.device == "cpu", "which has none"),
-        **{
-            f"layout.{axis} = {getattr(layout, axis)}": (getattr(layout, axis) > 1, "whose blocks communicate")
-            for axis in ("tp", "tp_y", "tp_z", "cp")
-        },
+        f"layout.tp_z = {layout.tp_z}": (layout.tp_z > 1, "whose weights come and go"),
+        f"layout.cp = {layout.cp}": (layout.cp > layout.ulysses, f"which has a ring; ulysses={layout.cp} would fit"),
         f"layout.zero = {layout.zero}": (layout.zero > 1, "whose weights or gradients come and go; 1 would fit"),
         f'layout.offload = "{layout.offload}"': (
             layout.offload in ("activations", "both"),
             'which copies what a block keeps; "optimizer" would fit',
         ),
         f"model.experts = {model.experts}": (model.experts > 0, "whose tokens the host counts"),
-        f"model.dropout = {model.dropout}": (model.dropout > 0, "whose masks are others in each step"),
+        'data.documents = "apart"': (config.data.documents == "apart", "whose beginnings are others in each step"),
     }
     for what, (found, why) in refused.items():
         if found:

@@ -16,6 +16,7 @@ from ..comm.base import Communicator
 from ..comm.mesh import Mesh
 from ..cursor import Cursor, Place
 from ..kernels import blas
+from ..layers.context import documents
 from ..layers.fp8 import Fp8
 from ..layers.loss import VocabularyParallelCrossEntropy
 from ..layers.mlp import fuse
@@ -75,7 +76,7 @@ class Engine:
         )
         pp = mesh["pp"]
         self.dtype, self.host = dtype_of(train.dtype), Host(self.xp)
-        self.graphs = Graphs() if train.cuda_graphs else None
+        self.graphs = Graphs(self.cursor, mesh["tp", "tp_y", "cp"]) if train.cuda_graphs else None
         self.loss_scale = LossScale(train.loss_scale, window=train.loss_scale_window, dynamic=train.dtype == "float16")
         schedule = layout.pipeline()
         if layout.stages == "measured":
@@ -108,16 +109,8 @@ class Engine:
         return self.mesh["dp", "tp_z"].part(self.config.train.batch)
 
     def microbatches(self, samples: int | None = None) -> int:
-        """How many microbatches a replica with ``samples`` samples (by default the largest share) cuts them into.
-
-        Without ``train.microbatch``: one, or with a pipeline four a stage as far as there are samples for them.
-        """
-        replicas, pp = self.mesh["dp", "tp_z"].size, self.mesh["pp"].size
-        samples = samples or -(-self.config.train.batch // replicas)
-        size = self.config.train.microbatch
-        if size is None:
-            return 1 if pp == 1 else min(samples, 4 * pp)
-        return -(-samples // size)
+        """See ``Config.microbatches``."""
+        return self.config.microbatches(samples)
 
     def step(
         self, step: int, inputs: Array, targets: Array, samples: Array, *, stop: bool = False, tell: bool = False
@@ -133,10 +126,9 @@ class Engine:
         self, step: int, inputs: Array, targets: Array, samples: Array, *, stop: bool = False, tell: bool = False
     ) -> Running:
         """Queue a step, as ``step`` takes it. On a GPU the host waits for nothing, but for MPI where that moves device
-        arrays, for the counts of experts' tokens, and for an optimizer that is not ``late``.
+        arrays, and for the counts of experts' tokens.
 
-        A second step may be begun before the first one's result is asked for, if the optimizer is ``late`` and there is
-        no dynamic loss scale, which decide by it.
+        A second step may be begun before the first one's result is asked for.
         """
         o = self.config.optimizer
         with self.phases("compute"):
@@ -221,18 +213,14 @@ class Engine:
         length, training = len(inputs), weight is not None
         made = []
         self.cursor.place = Place(length=length)
-        positions = self.parallel.context()
+        begins, positions = self.config.data.begins(inputs), self.parallel.context()
         inputs, targets = inputs[positions], targets[positions]
         for s in partition.split(len(samples), self.microbatches(largest)):
-            place = Place(step, samples[s], length, training, weight or 0.0)
-            first, last = self.pipeline.first, self.pipeline.last
-            made.append(
-                Microbatch(
-                    self.xp.asarray(inputs[:, s]) if first else None,
-                    self.xp.asarray(targets[:, s]) if last else None,
-                    place,
-                )
-            )
+            apart = None if begins is None else documents(self.parallel, begins[s], self.xp)
+            place = Place(step, samples[s], length, training, weight or 0.0, apart)
+            entering = self.xp.asarray(inputs[:, s]) if self.pipeline.first else None
+            wanted = self.xp.asarray(targets[:, s]) if self.pipeline.last else None
+            made.append(Microbatch(entering, wanted, place))
         return made
 
     def _shape(self, place: Place) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint, Slab, open_checkpoint
 from ..cursor import Cursor, Place
 from ..data.tokenizer import Tokenizer, tokenizer_from
 from ..errors import CheckpointError
+from ..layers.context import documents
 from ..layers.parallel import ModelParallel
 from ..models.transformer import build
 from .engine import architecture, make_mesh
@@ -46,16 +47,18 @@ class Generator:
         self.mesh = make_mesh(comm, device, tp=1 if comm is None else comm.size)
         self.checkpoint: Checkpoint = open_checkpoint(path, self.mesh)
         config = config_of(self.checkpoint)
-        self.architecture, self.xp = architecture(config), module_for(device)
+        self.architecture, self.data, self.xp = architecture(config), config.data, module_for(device)
         self.cursor = Cursor()
-        self.model = build(self.architecture, ModelParallel(self.mesh["tp"], self.cursor))
+        self.parallel = ModelParallel(self.mesh["tp"], self.cursor)
+        self.model = build(self.architecture, self.parallel)
         parameters = self.model.initialise(0, wide(dtype_of(config.train.dtype)), self.xp)
         self.checkpoint.load([Slab(f"model/{p.name}", p.shape, p.index, p.data) for p in parameters])
         self.tokenizer = _tokenizer(self.checkpoint)
 
     def tokens(self, prompt: Sequence[int], count: int, sampling: Sampling) -> Iterator[int]:
         """Up to ``count`` tokens after ``prompt``; ends at the end of a document. The model sees the last
-        ``sequence`` tokens; an empty prompt begins a document. Collective, token by token."""
+        ``sequence`` tokens, of which an end of document keeps others apart as in training; an empty prompt begins a
+        document. Collective, token by token."""
         text = list(prompt) or [self.tokenizer.end_of_document]
         for place in range(count):
             token = choose(self.logits(text[-self.architecture.sequence :]), sampling, place)
@@ -66,9 +69,12 @@ class Generator:
 
     def logits(self, tokens: Sequence[int]) -> NDArray[Any]:
         """The scores of every token of the vocabulary after ``tokens``; (vocabulary,), the same on every rank."""
+        x = np.asarray(tokens, np.int64)[:, None]
         self.cursor.place = Place(length=len(tokens), training=False)
-        x = self.xp.asarray(np.asarray(tokens, np.int64)[:, None])
-        share = self.model.forward(x)[0][-1, 0]
+        if (begins := self.data.begins(x)) is not None:
+            apart = documents(self.parallel, begins, self.xp)
+            self.cursor.place = dataclasses.replace(self.cursor.place, documents=apart)
+        share = self.model.forward(self.xp.asarray(x))[0][-1, 0]
         return to_host(self.mesh["tp"].all_gather(share, 0, self.architecture.vocabulary).wait())
 
     def __enter__(self) -> Generator:

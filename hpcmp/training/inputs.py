@@ -14,7 +14,8 @@ class Inputs:
     """The batches of a configuration's data for this rank of ``mesh``.
 
     sampler: the order of training samples, and how many are consumed. train: the batches in that order. held_out: those
-    of the other split, None if it is shorter than a sample. vocabulary: that of the model. Raises InputError.
+    of the other split, None if it is shorter than a sample. config: the configuration, with what follows from the data.
+    Raises InputError.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
@@ -24,7 +25,12 @@ class Inputs:
         self.file = TokenFile(path)
         if wanted is not None and wanted < self.file.vocabulary:
             raise InputError(f"model.vocabulary = {wanted} is less than the {self.file.vocabulary} tokens of {path}")
-        self.vocabulary = wanted or self.file.vocabulary
+        end = self.file.end_of_document
+        if config.data.end_of_document not in (None, end):
+            raise InputError(
+                f"data.end_of_document = {config.data.end_of_document}: {path} closes documents with {end}"
+            )
+        self.config = config.resolved(vocabulary=self.file.vocabulary, end_of_document=end)
         self.tokenizer = self.file.definition
         sequence, batch, seed = config.model.sequence, config.train.batch, config.train.seed
         replicas = mesh["dp", "tp_z"]

@@ -61,7 +61,7 @@ class Running:
     def __init__(self, engine: Engine, number: int, batch: Batch, rate: float, loss: Array, sums: Array) -> None:
         self.engine, self.number, self.batch, self.rate = engine, number, batch, rate
         self.loss = loss  # this rank's part of the sum
-        self.scale = engine.loss_scale.scale
+        self.scale = engine.loss_scale.begun()
         self.before = engine.optimizer.steps - 1  # this step is counted
         self._read = engine.host.copies.read(sums)
         self._result: Result | None = None
@@ -76,12 +76,13 @@ class Running:
         return self._result
 
     def _judge(self, sums: dict[str, float]) -> Result:
-        engine, loss, norm = self.engine, sums["loss"], math.sqrt(sums["squares"]) / self.scale
+        engine, loss, norm = self.engine, sums["loss"], math.sqrt(sums["squares"]) / self.scale.scale
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite:  # the optimizer has counted this step, and perhaps others that came to nothing
+        skipped, trouble = False, ""
+        if not finite:  # this step has been counted, and perhaps others that came to nothing
             engine.optimizer.steps = self.before
             engine.factor[...] = 1.0
-        skipped, trouble = engine.loss_scale.update(finite), ""
+            skipped = engine.loss_scale.overflowed(self.scale)
         if not (finite or skipped):
             again = partial(engine.gradient, self.number, *self.batch)
             where = nonfinite.find(engine, _number(self.loss), lambda: _number(again()))

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..documents import beginnings
 from ..errors import InputError
 from .schema import COUNT, POSITIVE, SHARE, SIZE, Section, derived, fill, option
 
@@ -80,6 +84,32 @@ class Data(Section):
     """What is learnt from."""
 
     path: str | None = option(None, "token file, as `hpcmp data prepare` writes it")
+    documents: Literal["joined", "apart"] = option(
+        "joined", "whether tokens see those of a sample's earlier documents; `apart`: none does (docs/documents.md)"
+    )
+    end_of_document: int = derived(
+        "of the data file; without one, the last of the vocabulary", "token that closes a document", COUNT
+    )
+
+    def resolved(self, vocabulary: int | None, end_of_document: int | None) -> Data:
+        """With ``end_of_document`` filled in, if it is known, and checked against the vocabulary, if that is."""
+        if self.path is None and vocabulary is not None:
+            end_of_document = vocabulary - 1
+        data: Data = fill(self, end_of_document=end_of_document)
+        if vocabulary is not None and (data.end_of_document or 0) >= vocabulary:
+            raise InputError(
+                f"data.end_of_document = {data.end_of_document} is none of the model.vocabulary = {vocabulary} tokens"
+            )
+        return data
+
+    def begins(self, tokens: NDArray[Any]) -> NDArray[np.int32] | None:
+        """Where the document of each position of some samples begins, as ``beginnings`` has it; None if documents are
+        joined. Raises InputError unless it is known what closes them."""
+        if self.documents == "joined":
+            return None
+        if self.end_of_document is None:
+            raise InputError('data.documents = "apart" needs data.end_of_document, which data.path tells a run')
+        return beginnings(tokens, self.end_of_document)
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class Train(Section):
     loss_scale_window: int = option(2000, "with float16: good steps after which `loss_scale` doubles", SIZE)
     device: Literal["cpu", "cuda"] = option("cpu", "where arrays live")
     ahead: int = derived(
-        "1 on GPUs with `adamw` or `sgd`, but not with float16; else 0",
+        "1 on GPUs, else 0",
         "steps that are queued before the result of the one before is known: a GPU then never waits for the host",
         "[0, 1]",
     )

@@ -75,7 +75,7 @@ class Trainer:
         with agreed(self.mesh, lambda who, why: InputError(f"{who}{why}")):
             self.inputs = Inputs(self.config, self.mesh)
             self._opened.callback(self.inputs.close)
-            self.config = self.config.resolved(vocabulary=self.inputs.vocabulary)
+            self.config = self.inputs.config
             self._check()
         check_data(self.inputs, self.mesh)
         self.directories = Directories(self.config, self.mesh)

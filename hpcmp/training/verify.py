@@ -115,16 +115,16 @@ def resolve(config: Config) -> Config:
     it is given."""
     train = dataclasses.replace(config.train, dtype="float64", fp8="none")
     layout = dataclasses.replace(config.layout, dp=config.layout.dp or 1)
-    vocabulary = config.model.vocabulary or 257
+    config, known = dataclasses.replace(config, train=train, layout=layout), {"vocabulary": 257}
     if config.data.path is not None:
         with TokenFile(config.data.path) as data:
-            vocabulary = data.vocabulary
-    config = dataclasses.replace(config, train=train, layout=layout)
-    return config.resolved(vocabulary=vocabulary)
+            known = {"vocabulary": data.vocabulary, "end_of_document": data.end_of_document}
+    return config.resolved(**known)
 
 
 def source_of(config: Config) -> Source:
-    """The batches of ``config``'s data, or random tokens without: the same on every layout."""
+    """The batches of ``config``'s data, or random tokens without, where these are kept apart in several documents: the
+    same on every layout."""
     model, train = config.model, config.train
     if config.data.path is not None:
         split = TokenFile(config.data.path).split("train")
@@ -135,9 +135,19 @@ def source_of(config: Config) -> Source:
         samples = np.arange(share.start, share.stop)
         words = random.bits(random.key(train.seed, "verify"), samples, step, slice(0, model.sequence + 1))
         tokens = (words % np.uint32(model.vocabulary or 1)).astype(np.int64).T
+        if config.data.documents == "apart":
+            for column, turn in zip(tokens.T, samples + step, strict=True):
+                column[_ends(model.sequence, turn)] = config.data.end_of_document
         return tokens[:-1], tokens[1:], samples
 
     return draw
+
+
+def _ends(length: int, turn: int) -> NDArray[np.int64]:
+    """Where documents end in ``length`` positions: of odd lengths, one token to half of all; others in each turn."""
+    lengths = np.roll((1, length // 2 | 1, 3, 1, length // 4 | 1), turn)
+    ends = np.cumsum(np.tile(lengths, length)) - 1
+    return ends[ends < length]
 
 
 def _run_serial(config: Config, source: Source, steps: int) -> _Serial:

@@ -29,7 +29,7 @@ def toml(tmp_path: Path) -> Path:
 def lines(toml: Path, have: Have, *overrides: str) -> list[dict[str, Any]]:
     """The report of a rank that has all, and of one that has what is said."""
     wanted = Needs(load_config(toml, ["train.device=cuda", *FITS, *overrides]), ALONE, "x")
-    checks = wanted.products_check, wanted.attention_check
+    checks = wanted.products_check, wanted.attention_check, wanted.fp8_check
     return [vars(line) for check in checks for line in guarded(check, [Have("a"), have])]
 
 
@@ -49,6 +49,26 @@ def test_libraries_that_are_not_found_and_one_that_is_not_wanted(toml: Path) -> 
     assert bad(found, "attention", "HPCMP_CUDNN=no", "`unset HPCMP_CUDNN`") == "warn"
 
 
+EIGHT = "train.fp8=delayed", "train.batch=2", "layout.dp=1"
+EIGHT += "model.hidden=128", "model.heads=2", "model.ffn=64", "model.sequence=64"
+
+
+def test_products_of_8_bits(toml: Path) -> None:
+    assert good(lines(toml, Have("b"), *EIGHT), "train.fp8", "cuBLASLt multiplies 8 bits")
+    found = lines(toml, Have("b", capability=80), *EIGHT)
+    value = "in bfloat16, slower than without: the GPU has compute capability 8.0, and products of 8 bits come with 8.9"
+    assert bad(found, "train.fp8", f"{value} (b)", "train.fp8=none") == "warn"
+    found = lines(toml, Have("b", no_cublaslt="No module named 'nvmath'"), *EIGHT)
+    assert bad(found, "train.fp8", "no cuBLASLt (No module named 'nvmath') (b)", "`matrix products`") == "warn"
+    found = lines(toml, Have("b"), *EIGHT, "model.ffn=100", "train.batch=3", "model.sequence=12")
+    value = "no multiple of 16: tokens of a microbatch (12 or 24), ffn of a rank (100)"
+    assert bad(found, "train.fp8", value, "change these numbers") == "warn"
+    assert good(lines(toml, Have("b", capability=80)), "train.fp8", "")
+    assert good(lines(toml, Have("b", device_wrong="no GPU"), *EIGHT), "train.fp8", "")
+    found = lines(toml, Have("b"), *EIGHT, "train.device=cpu")
+    assert bad(found, "train.fp8", "in float32, as there are no others on a CPU: slower", "train.fp8=none") == "warn"
+
+
 OTHERS = "model.head_size=66", "model.head_size=264", "model.dropout=0.1", "train.dtype=float32"
 
 
@@ -64,8 +84,10 @@ def test_what_a_rank_looks_at(toml: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(needs, "tokens", lambda path: (0, 300))
     monkeypatch.setattr(libraries, "cublaslt", lambda: libraries.Library(why="none"))
     monkeypatch.setattr(libraries, "cudnn", lambda: libraries.Library("9.12.0"))
+    monkeypatch.setattr(libraries, "capability", lambda: 89)
     for why, expected in (("", ("none", "")), ("CuPy finds no GPU", ("", ""))):
         monkeypatch.setattr(needs, "_device", lambda device, why=why: (why, 1 << 30))
         seen = Needs(load_config(toml, ["train.device=cuda"]), ALONE, "x").look(ALONE)
         assert (seen.nccl, seen.cuda, seen.no_cublaslt, seen.no_cudnn) == (22809, 13, *expected)
+        assert seen.capability == (90 if why else 89)
     assert Needs(load_config(toml, []), ALONE, "x").look(ALONE).nccl == 0

@@ -89,9 +89,12 @@ def model(world: Intracomm) -> Any:
             self.queue("allReduce", stream, lambda: self.comm.Iallreduce(x, at(recv, count, kind), ops[op]))
 
         def broadcast(self, send: int, recv: int, count: int, kind: int, root: int, stream: int) -> None:
-            if world.rank == root and send != recv:
-                at(recv, count, kind)[...] = at(send, count, kind)
-            self.queue("broadcast", stream, lambda: self.comm.Ibcast(at(recv, count, kind), root))
+            def call() -> Any:
+                if world.rank == root and send != recv:
+                    at(recv, count, kind)[...] = at(send, count, kind)
+                return self.comm.Ibcast(at(recv, count, kind), root)
+
+            self.queue("broadcast", stream, call)
 
         def reduce(self, send: int, recv: int, count: int, kind: int, op: int, root: int, stream: int) -> None:
             y = at(recv, count, kind) if world.rank == root else None
@@ -141,7 +144,7 @@ def model(world: Intracomm) -> Any:
             self.log: list[str] = []
             self.streams: list[Any] = []
             self.queued: list[tuple[int, Callable[[], Any]]] = []
-            self.found: dict[int, NcclError] = {}
+            self.found: dict[int, Exception] = {}
             self.attached: set[int] = set()
             self.depth, self.device, self.lazy = 0, True, False
             self.aborting = self.aborted = False

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from hpcmp.arrays import Array, dtype_of, to_host, wide
+from hpcmp.documents import First
 from hpcmp.kernels.cuda import attention as cuda
 from hpcmp.kernels.cuda import cudnn
 from hpcmp.random import DropoutMask
 from tests.kernels.test_cuda_attention import SCALE, TOLERANCE, Case, close
+from tests.kernels.test_cuda_attention_documents import block, documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -40,11 +42,17 @@ def mask_of(case: Case) -> DropoutMask | None:
     return m and DropoutMask(m.rate, m.key, put(m.i), put(m.j), m.runs, put(m.extra))
 
 
+def first_of(documents: First | None) -> First | None:
+    import cupy
+
+    return documents and First.of(documents.host, cupy)
+
+
 def check(case: Case) -> None:
     q, kv, do, o, lse = map(put, (case.q, case.kv, case.do, case.o, case.lse))
-    mask = mask_of(case)
-    found_o, found_lse = cuda.attention(q, kv, SCALE, mask, case.causal)
-    gradients = cuda.attention_backward(do, q, kv, o, lse, SCALE, mask, case.causal)
+    settings = SCALE, mask_of(case), case.causal, first_of(case.documents)
+    found_o, found_lse = cuda.attention(q, kv, *settings)
+    gradients = cuda.attention_backward(do, q, kv, o, lse, *settings)
     assert found_o.dtype == case.dtype and found_lse.dtype == wide(case.dtype)
     close(to_host(found_o), case.expected[0], case.tolerance)
     close(to_host(found_lse), case.expected[1], max(TOLERANCE[wide(case.dtype).name], 1e-13))
@@ -69,6 +77,68 @@ def test_dropout(name: str, way: str) -> None:
     check(Case(name, 70, 70, causal=True, rate=0.3, runs=1, first=0))
     check(Case(name, 33, 75, rate=0.5, first=2))
     check(Case(name, 150, 150, (4, 1), 128, causal=True, rate=0.1))
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+def test_documents(name: str, way: str) -> None:
+    """At random and of one position, of heads in groups; blocks of keys that some queries do not see; dropout."""
+    borders, tiles = ((1, 2, 31, 64, 65, 128, 140), (32, 33, 63, 127, 129, 140)), tuple(range(64, 513, 64))
+    for s, heads, d in ((300, (8, 2), 128), (700, (4, 4), 64), (75, (2, 1), 256), (1024, (3, 1), 80)):
+        draw = np.random.default_rng(s)
+        ends = [(*sorted({*draw.integers(1, s, n).tolist()}), s) for n in (9, 1)]
+        check(Case(name, s, s, heads, d, causal=True, documents=documents(*ends)))
+    check(Case(name, 140, 140, (2, 1), 32, causal=True, documents=documents(*borders)))
+    check(Case(name, 512, 512, (2, 2), 64, causal=True, documents=documents(tiles, (512,))))
+    check(Case(name, 70, 100, (2, 1), documents=block(70, 100, 0)))
+    check(Case(name, 300, 260, (2, 2), 128, documents=block(300, 260, 1)))
+    check(Case(name, 40, 75, documents=block(40, 75, 1), rate=0.5))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_documents_are_made_by_cudnn(name: str, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Where it takes them: forward and backward, and nothing else does."""
+    if way != "cudnn" or not cudnn.library().takes_documents:
+        pytest.skip("cuDNN takes no documents here")
+    monkeypatch.setattr(cuda, "_launch", None)
+    check(Case(name, 300, 300, (8, 2), 128, causal=True, documents=documents((5, 120, 300), (300,))))
+    check(
+        Case(name, 1000, 1000, (4, 4), 64, causal=True, documents=documents(tuple(range(8, 1001, 8)), (1, 999, 1000)))
+    )
+
+
+def test_the_bits_with_documents_are_the_same_in_every_run(way: str) -> None:
+    def run() -> list[Array]:
+        draw = np.random.default_rng(0)
+        q, do = (put(draw.normal(size=(700, 2, 8, 128)).astype(dtype_of("bfloat16"))) for _ in range(2))
+        kv = put(draw.normal(size=(700, 2, 2, 2, 128)).astype(dtype_of("bfloat16")))
+        first = first_of(documents((200, 333, 700), (1, 2, 700)))
+        o, lse = cuda.attention(q, kv, SCALE, first=first)
+        return [to_host(x) for x in (o, lse, *cuda.attention_backward(do, q, kv, o, lse, SCALE, first=first))]
+
+    first = run()
+    for _ in range(4):
+        for here, there in zip(run(), first, strict=True):
+            np.testing.assert_array_equal(here, there)
+
+
+def test_short_documents_take_less_time(way: str) -> None:
+    """Of 8192 positions, 64 documents: less than half of one document's time, forward and backward."""
+    import cupy
+
+    q = cupy.ones((8192, 1, 16, 64), dtype_of("float16"))
+    kv = cupy.ones((8192, 1, 16, 2, 64), dtype_of("float16"))
+    times = []
+    for first in (None, first_of(documents(tuple(range(128, 8193, 128))))):
+        marks = [cupy.cuda.Event() for _ in range(2)]
+        for turn in range(4):
+            if turn == 1:  # the first call compiles
+                marks[0].record()
+            o, lse = cuda.attention(q, kv, 0.125, first=first)
+            cuda.attention_backward(q, q, kv, o, lse, 0.125, first=first)
+        marks[1].record()
+        marks[1].synchronize()
+        times.append(cupy.cuda.get_elapsed_time(*marks))
+    assert times[1] < times[0] / 2
 
 
 def test_packed_arrays(way: str) -> None:

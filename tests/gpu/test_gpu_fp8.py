@@ -10,7 +10,9 @@ import pytest
 from hpcmp.arrays import to_host
 from hpcmp.kernels import CUDA, REFERENCE
 from hpcmp.kernels.cuda import fp8
-from hpcmp.kernels.cuda.multiply import multiplies_8_bits
+from hpcmp.kernels.cuda.libraries import EIGHT_BITS, capability
+from hpcmp.kernels.cuda.multiply import adds_biases
+from hpcmp.kernels.fp8 import SUMMED
 from tests.kernels.test_cuda_fp8 import FORMATS, PRODUCTS, SIZES, SOURCES, draw, largest_of, operands
 from tests.layouts import engine, small
 from tests.training.test_engine import CURVE, affine
@@ -30,13 +32,16 @@ def test_codes_are_the_references_bit_for_bit(dtype: Any, format: str) -> None:
     for size in (*SIZES, (1000, 3000)):
         x = draw(dtype, *size)
         record, wanted = np.full((2, 1), 0.5, np.float32)
-        expected = REFERENCE.quantise(x, largest_of(x), format, True, True, wanted)
-        given, largest, noted = put(x, np.zeros(1, np.float32), record)
+        sums = np.zeros((-(-size[0] // SUMMED), size[1]), np.float32)
+        given, largest, noted, found = put(x, np.zeros(1, np.float32), record, sums)
+        expected = REFERENCE.quantise(x, largest_of(x), format, True, True, wanted, sums=sums)
         for each in (given, given[:, ::-1][:, ::-1]):
             CUDA.add_amax(largest, each)
             assert to_host(largest) == largest_of(x)
-            for y, z in zip(CUDA.quantise(each, largest, format, True, True, noted), expected, strict=True):
+            codes = CUDA.quantise(each, largest, format, True, True, noted, sums=found)
+            for y, z in zip(codes, expected, strict=True):
                 np.testing.assert_array_equal(to_host(y), z)
+            np.testing.assert_allclose(to_host(found), sums, rtol=1e-5, atol=2e-3)
             assert to_host(noted) == wanted
 
 
@@ -53,7 +58,7 @@ def test_every_float16_is_rounded_as_in_the_reference(format: str) -> None:
 @pytest.mark.parametrize("sizes", [(32, 48, 64), (512, 768, 2048), (31, 48, 64), (1, 1, 1)])
 @pytest.mark.parametrize("formats", PRODUCTS)
 def test_products(formats: tuple[str, str], sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    if multiplies_8_bits() and not any(n % 16 for n in sizes):
+    if adds_biases() and capability() >= EIGHT_BITS and not any(n % 16 for n in sizes):
         monkeypatch.setattr(fp8, "_widened", lambda *arguments: pytest.fail("not by cuBLASLt"))
     (m, n, k), given = sizes, operands(*sizes, formats)
     rng = np.random.default_rng(5)

@@ -151,6 +151,27 @@ def test_the_same_bits(backend: graphs.Cupy, style: str, dtype: str, layout: str
     same_bits(spread(small(style=style, dtype=dtype, device="cuda", **heads), f"micro=2,{layout}"))
 
 
+@pytest.mark.parametrize("layout", ["dp=1", "schedule=gpipe,recompute=full"])
+def test_masks_of_dropout(backend: graphs.Cupy, layout: str) -> None:
+    """Of attention, by our kernels, and of residuals: others in each step and microbatch."""
+    same_bits(spread(small(dtype="bfloat16", device="cuda", dropout=0.3), f"micro=2,{layout}"))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("layout", ["tp={},sp=1,micro=1", "tp={},sp=0,micro=2,schedule=zb-h1", "cp={0},ulysses={0}"])
+def test_blocks_that_communicate(world: Intracomm, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NCCL, which wants a GPU for each rank."""
+    from hpcmp.comm.device import select_device
+
+    monkeypatch.setenv("HPCMP_SHARE_GPU", "1")
+    if not select_device(world.rank, world.allgather).nccl:
+        pytest.skip("NCCL does not connect ranks that share a GPU")
+    if not multiply.adds_biases():
+        pytest.skip("nvmath-python is not installed")
+    config = small(dtype="bfloat16", device="cuda", sequence=9, dropout=0.1, heads=world.size, kv_heads=world.size)
+    same_bits(spread(config, layout.format(world.size)), world)
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-v"])
 def test_over_stages_and_replicas(world: Intracomm, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:

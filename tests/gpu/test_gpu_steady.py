@@ -18,7 +18,18 @@ from tests.layouts import engine, small
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("values", [{}, {"name": "sgd"}, {"dtype": "bfloat16", "style": "llama"}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"name": "sgd"},
+        {"name": "lamb"},
+        {"name": "muon"},
+        {"dtype": "bfloat16", "style": "llama"},
+        {"dtype": "float16"},
+    ],
+    ids=str,
+)
 def test_a_step_is_queued_while_the_gpu_does_nothing(values: dict[str, Any]) -> None:
     """The stream is closed by a gate; had the host to wait for anything behind it, the gate would open by the clock."""
     import cupy

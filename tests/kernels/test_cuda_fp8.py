@@ -14,6 +14,7 @@ from hpcmp.kernels import CUDA, REFERENCE
 from hpcmp.kernels.cuda import fp8, multiply
 from hpcmp.kernels.cuda.choices import Choices
 from hpcmp.kernels.cuda.product import Product
+from hpcmp.kernels.fp8 import SUMMED
 from tests.kernels.cublaslt import CublasLt, make_lt, multiplying
 from tests.kernels.emulation.backend import emulated, needs_gxx
 
@@ -49,17 +50,19 @@ def test_codes_are_the_references_bit_for_bit(dtype: Any, format: str) -> None:
         moved[...] = x
         for given in (x, moved, x.T):
             record, wanted, known = np.full(1, 0.5, np.float32), np.full(1, 0.5, np.float32), np.full(1, 40, np.float32)
-            expected = REFERENCE.quantise(given, largest_of(x), format, True, True, wanted)
+            sums, totals = np.zeros((2, -(-len(given) // SUMMED), given.shape[1]), np.float32)
+            expected = REFERENCE.quantise(given, largest_of(x), format, True, True, wanted, sums=totals)
             with emulated():
                 largest = np.zeros(1, np.float32)
                 CUDA.add_amax(largest, given)
                 assert largest == largest_of(x)
-                found = CUDA.quantise(given, largest, format, True, True, record)
+                found = CUDA.quantise(given, largest, format, True, True, record, sums=sums)
                 alone = [CUDA.quantise(given, largest, format, rows, not rows) for rows in (True, False)]
                 CUDA.add_amax(largest, given, known)
                 assert largest == 40
                 CUDA.add_amax(largest, given, np.zeros(1, np.float32))
                 assert largest == max(40, largest_of(x))
+            np.testing.assert_allclose(sums, totals, rtol=1e-5, atol=2e-3)
             assert record == wanted and alone[0][1] is None and alone[1][0] is None
             for y, z in zip((*found, alone[0][0], alone[1][1]), (*expected, *expected[:2]), strict=True):
                 np.testing.assert_array_equal(y, z)

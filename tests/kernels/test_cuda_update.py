@@ -16,7 +16,13 @@ from tests.kernels.test_update import FACTORS, assert_an_array_is_as_good_as_a_n
 pytestmark = [needs_gxx, pytest.mark.timeout(300)]  # g++ builds what has changed
 
 #: How many flat arrays a kernel has, and whether it makes one.
-KERNELS = {"adamw": (4, False), "adam_update": (3, True), "sgd": (3, False), "nesterov": (2, True)}
+KERNELS = {
+    "adamw": (4, False),
+    "adam_update": (3, True),
+    "sgd": (3, False),
+    "nesterov": (2, True),
+    "descend": (2, False),
+}
 
 
 def shards(offsets: tuple[int, ...], size: int, dtype: Any) -> list[np.ndarray]:

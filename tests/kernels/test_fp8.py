@@ -146,3 +146,14 @@ def test_a_history_holds_the_last_steps_of_those_that_counted() -> None:
         fp8.shift_history(history, largest, np.full(2, 99, np.float32), np.full(1, np.nan))
         np.testing.assert_array_equal(history, before)
     np.testing.assert_array_equal(history, [[0, 1, 4], [3, 0, 8]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_are_of_128_rows_each(dtype: str) -> None:
+    """And of the rows that are left: added up, they are the gradient of a bias."""
+    x = np.random.default_rng(0).normal(size=(300, 7)).astype(dtype_of(dtype))
+    sums = np.full((3, 7), np.nan, np.float32)
+    fp8.quantise(x, np.ones(1, np.float32), "e5m2", sums=sums)
+    for i, each in enumerate(sums):
+        expected = x[128 * i : 128 * (i + 1)].astype(np.float64).sum(0)
+        np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The table of benchmarks/gpu_kernels.py: each entry's arguments fit its kernel, at small sizes, on the CPU."""
+"""benchmarks/gpu_kernel_table.py: each entry's arguments fit its kernel, at small sizes, on the CPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu_kernels
-from hpcmp import kernels
+from benchmarks import gpu_kernel_table as table
 from hpcmp.arrays import dtype_of
 from tests.kernels.emulation.backend import emulated, needs_gxx
 
@@ -19,13 +18,13 @@ SIZES = dict(zip(NAMES, (6, 40, 48, 2, 16, 50, 8, 100), strict=True))
 @needs_gxx
 @pytest.mark.timeout(300)  # g++ builds what has changed
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", gpu_kernels.TABLE)
+@pytest.mark.parametrize("name", table.TABLE)
 def test_an_entry(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for size, n in SIZES.items():
-        monkeypatch.setattr(gpu_kernels, size, n)
+        monkeypatch.setattr(table, size, n)
     with emulated():
-        arguments, settings, amount, unit = gpu_kernels.TABLE[name](gpu_kernels.Draw(dtype_of(dtype), np))
-        result: Any = getattr(kernels.CUDA, name)(*arguments, **settings)
+        arguments, settings, amount, unit = table.TABLE[name](table.Draw(dtype_of(dtype), np))
+        result: Any = table.called(name)(*arguments, **settings)
     arrays = [
         a for a in (*arguments, *(result if isinstance(result, tuple) else (result,))) if isinstance(a, np.ndarray)
     ]

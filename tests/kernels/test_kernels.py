@@ -10,6 +10,7 @@ import pytest
 
 from hpcmp import kernels
 from hpcmp.arrays import Array
+from hpcmp.documents import First
 from hpcmp.kernels import attention, reference
 from hpcmp.kernels.half import OVERWRITTEN
 from hpcmp.random import DropoutMask
@@ -53,6 +54,15 @@ def attention_mask(s: int, b: int, n: int, t: int) -> DropoutMask:
     return DropoutMask(0.3, (5, 6), np.arange(s) + 3, np.arange(b)[:, None, None], runs, np.arange(n)[:, None])
 
 
+def first_keys(s: int, b: int, t: int, causal: bool) -> First:
+    """Documents of one key and of several, others in each sample; if not causal, the last queries see none."""
+    last = np.arange(s) if causal else np.arange(s) * (t + 1) // max(1, s - 1) + 1
+    often = 0.3 ** (1 + 2 * np.arange(b))[:, None]  # a key begins a document
+    begins = np.random.default_rng(s + t).random((b, t + 2)) < often
+    begins = np.maximum.accumulate(np.where(begins, np.arange(t + 2), 0), 1)
+    return First.of(begins[:, np.minimum(last, t + 1)], np)
+
+
 def attention_arguments(d: Sizes, backward: bool) -> list[Array]:
     s, t, causal = d.s % 11, d.f % 11, d.s == 5
     t = s if causal else t
@@ -85,6 +95,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": ADAM | {"rate": 0.1, "decay": 0.1},
     "sgd": {"rate": 0.1, "momentum": 0.9, "decay": 0.1, "grad_scale": 0.5},
     "nesterov": {"momentum": 0.9, "grad_scale": 0.5},
+    "descend": {"rate": 0.1, "decay": 0.2},
 }
 
 CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
@@ -147,6 +158,7 @@ CALLS: dict[str, Callable[[Sizes], list[Any]]] = {
     "adam_update": lambda d: adamw_arguments(d)[1:],
     "sgd": lambda d: adamw_arguments(d)[1:],
     "nesterov": lambda d: adamw_arguments(d)[2:],
+    "descend": lambda d: adamw_arguments(d)[:2],
     "orthogonalise": lambda d: [d.real(d.s % 50, d.f % 50)],
 }
 

@@ -104,23 +104,34 @@ def arrays(dtype: Any) -> list[np.ndarray]:
     return [data, grad, m, v, np.zeros(1029, dtype_of("bfloat16"))]
 
 
+ADAM = {"step": 2, "betas": (0.9, 0.95), "epsilon": 1e-8}
+#: How many arrays a kernel has, what it is told, and by what name it is given the number that may be an array.
+STEPS = {
+    "adamw": (4, ADAM | {"rate": 0.1, "decay": 0.1}, "grad_scale"),
+    "adam_update": (3, ADAM, "grad_scale"),
+    "sgd": (3, {"rate": 0.1, "momentum": 0.9, "decay": 0.1}, "grad_scale"),
+    "nesterov": (2, {"momentum": 0.9}, "grad_scale"),
+    "descend": (2, {"decay": 0.1}, "rate"),
+}
+
+
 def assert_an_array_is_as_good_as_a_number(kernel_set: Any, dtype: Any) -> None:
-    """The same bits; and NaN, either way, changes nothing."""
-    for name, count in (("adamw", 4), ("sgd", 3)):
-        settings = {"rate": 0.1, "decay": 0.1}
-        settings |= {"step": 2, "betas": (0.9, 0.95), "epsilon": 1e-8} if name == "adamw" else {"momentum": 0.9}
+    """The same bits; and NaN, either way, changes nothing, and makes zeros."""
+    for name, (count, settings, key) in STEPS.items():
         for scale in (1 / 3, math.nan):
             found = []
             for given in (scale, np.array([scale])):
                 *flat, out = arrays(dtype)
-                more = settings | ({"out": out} if name == "adamw" else {})
-                getattr(kernel_set, name)(*flat[:count], grad_scale=given, **more)
-                found.append([*flat, out])
-            for x, y, before in zip(*found, arrays(dtype), strict=True):
+                more = settings | {key: given} | ({"out": out} if name == "adamw" else {})
+                made = getattr(kernel_set, name)(*flat[:count], **more)
+                found.append([*flat, out, np.zeros(0) if made is None else made])
+            for x, y, before in zip(*found, [*arrays(dtype), 0 * found[0][-1]], strict=True):
                 np.testing.assert_array_equal(x, y)
                 if math.isnan(scale):
                     np.testing.assert_array_equal(x, before)
-            assert math.isnan(scale) or not np.array_equal(found[0][0], arrays(dtype)[0])
+            assert math.isnan(scale) or any(
+                not np.array_equal(x, y) for x, y in zip(found[0], arrays(dtype), strict=False)
+            )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -10,7 +10,8 @@ import pytest
 
 from hpcmp import partition, random, wgrad
 from hpcmp.arrays import Array
-from hpcmp.layers.attention import CausalAttention, Heads, Rope, attention_core
+from hpcmp.layers.attention import CausalAttention, Rope, attention_core
+from hpcmp.layers.heads import Heads
 from hpcmp.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from hpcmp.layers.norm import RMSNorm
 from hpcmp.layers.parallel import ModelParallel

@@ -16,9 +16,10 @@ from hpcmp.arrays import dtype_of
 from hpcmp.comm.base import Pending, Solo
 from hpcmp.comm.mesh import Mesh
 from hpcmp.cursor import Place
-from hpcmp.layers.attention import CausalAttention, Heads, Rope, attention_core
+from hpcmp.layers.attention import CausalAttention, Rope, attention_core
 from hpcmp.layers.context import BLOCK, HeadExchange, HeadsToPositions, PositionsToHeads, Ring
 from hpcmp.layers.dropout import attention_mask
+from hpcmp.layers.heads import Heads
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module
 from hpcmp.testing import assert_adjoint, equals_serial

@@ -9,7 +9,7 @@ import pytest
 
 from hpcmp import wgrad
 from hpcmp.arrays import Array
-from hpcmp.layers.attention import Heads
+from hpcmp.layers.heads import Heads
 from hpcmp.layers.linear import ColumnParallelLinear, Output, ParallelHead, RowParallelLinear
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Sequential, normal

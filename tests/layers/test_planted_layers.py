@@ -16,9 +16,11 @@ from hpcmp.arrays import Array
 from hpcmp.collectives import AllReduce, Copy, Split
 from hpcmp.comm.base import Communicator, Pending
 from hpcmp.comm.layouts import Layouts
-from hpcmp.layers.attention import Heads, Rope
+from hpcmp.layers import dropout
+from hpcmp.layers.attention import Rope
 from hpcmp.layers.dropout import Dropout
 from hpcmp.layers.embedding import VocabularyParallelEmbedding
+from hpcmp.layers.heads import Heads
 from hpcmp.layers.linear import RowParallelLinear
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.module import Module, Parameter, Recompute, Residual, Sequential
@@ -73,11 +75,11 @@ def recomputing_at_another_step(patch: pytest.MonkeyPatch) -> None:
 
     def backward(self: Recompute, dy: Array, saved: Any, wgrad: Any) -> Any:
         dropouts = [m for m in vars(self.inner)["layers"].values() if isinstance(m, Dropout)]
-        for dropout in dropouts:
-            dropout.name += "'"
+        for layer in dropouts:
+            layer.name += "'"
         dx = right(self, dy, saved, wgrad)
-        for dropout in dropouts:
-            dropout.name = dropout.name[:-1]
+        for layer in dropouts:
+            layer.name = layer.name[:-1]
         return dx
 
     patch.setattr(Recompute, "backward", backward)
@@ -173,8 +175,8 @@ def bias_gradient_of_all_positions(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_by_local_position(patch: pytest.MonkeyPatch) -> None:
-    right = random.DropoutMask
-    patch.setattr(random, "DropoutMask", lambda rate, key, i, *others: right(rate, key, i - i.min(), *others))
+    right = dropout.DropoutMask
+    patch.setattr(dropout, "DropoutMask", lambda rate, key, i, *others: right(rate, key, i - i.min(), *others))
 
 
 def first_row_is_zero_everywhere(patch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ import pytest
 from hpcmp import kernels, wgrad
 from hpcmp.arrays import Array, dtype_of, is_half
 from hpcmp.cursor import Cursor, Place
+from hpcmp.layers.context import documents
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.parallel import ModelParallel
 from hpcmp.models.architecture import Architecture
@@ -42,11 +44,15 @@ def on_cuda() -> Iterator[None]:
         yield
 
 
-def step(a: Architecture, dtype: Any) -> dict[str, np.ndarray]:
-    """The logits and the loss of one microbatch, and the gradient of every parameter."""
+def step(a: Architecture, dtype: Any, begins: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The logits and the loss of one microbatch, and the gradient of every parameter. begins: where documents that are
+    kept apart begin."""
     length, batch = 13, 3
     parallel = ModelParallel(cursor=Cursor(seed=5))
     parallel.cursor.place = Place(2, np.array([4, 0, 9]), length)
+    if begins is not None:
+        apart = documents(parallel, begins, np)
+        parallel.cursor.place = dataclasses.replace(parallel.cursor.place, documents=apart)
     model = build(a, parallel)
     parameters = model.initialise(1, dtype)
     draw = np.random.default_rng(0)
@@ -62,10 +68,21 @@ def step(a: Architecture, dtype: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_that_of_the_cpus_kernels(name: str, dtype: str) -> None:
-    a = MODELS[name]
-    wanted = step(a, dtype_of(dtype))
+    compare(MODELS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_documents_are_kept_apart(name: str, dtype: str) -> None:
+    ends = (1, 2, 13), (13,), (4, 8, 12, 13)
+    begins = np.array([sum(([a] * (e - a) for a, e in pairwise((0, *one))), []) for one in ends], np.int32)
+    compare(MODELS[name], dtype, begins)
+
+
+def compare(a: Architecture, dtype: str, *begins: np.ndarray) -> None:
+    wanted = step(a, dtype_of(dtype), *begins)
     with on_cuda():
-        found = step(a, dtype_of(dtype))
+        found = step(a, dtype_of(dtype), *begins)
     tolerance = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}[dtype]
     for key, x in wanted.items():
         scale = np.abs(x.astype(np.float64)).max()

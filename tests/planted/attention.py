@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from hpcmp import partition
-from hpcmp.layers.attention import Heads, Rope
+from hpcmp.layers.attention import Rope
 from hpcmp.layers.embedding import LearnedPositions
+from hpcmp.layers.heads import Heads
 from hpcmp.parallel.buckets import Bucket
 from tests.planted.machinery import Patch, after, in_place, planted
 

@@ -26,7 +26,7 @@ def dropout_restarts_on_every_shard(patch: Patch) -> None:
 @planted("dp=2", dropout=0.1)
 def dropout_by_local_sample(patch: Patch) -> None:
     """The mask follows a sample's place in its microbatch, not in the global batch."""
-    patch.setattr(dropout, "samples", lambda place, batch, xp: xp.arange(batch))
+    patch.setattr(dropout, "samples", lambda cursor, place, batch, xp: xp.arange(batch))
 
 
 @planted("tp=2,sp=0", dropout=0.1)

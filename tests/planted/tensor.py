@@ -77,7 +77,7 @@ def row_bias_added_by_every_rank(patch: Patch) -> None:
 
     def product(self: Any, x: Any, onto: Any = None) -> Any:
         weight = self.weight.data.reshape(-1, self.weight.data.shape[-1])
-        return CPU.matmul(x.reshape(*x.shape[: x.ndim - self.rank], -1), weight) + self.bias.data
+        return CPU.matmul(x.reshape(*x.shape[: x.ndim - self.rank], -1), weight) + self.bias.data, x
 
     patch.setattr(RowParallelLinear, "_product", product)
 

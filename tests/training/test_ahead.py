@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from hpcmp import kernels
+from hpcmp.cursor import Place
 from hpcmp.errors import HpcmpError, InputError
 from hpcmp.kernels import update
-from hpcmp.optim.make import _CLASSES
 from hpcmp.training import ahead as queue
 from hpcmp.training import metrics
 from hpcmp.training.config import load_config
@@ -28,12 +28,24 @@ from tests.layouts import engine, small, spread
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-#: By the number of ranks: layouts, of which every kind is there on 4.
+LAMB, MUON = "optimizer.name=lamb", "optimizer.name=muon"
+#: By the number of ranks: layouts, of which every kind is there on 4, with every optimizer.
 LAYOUTS = {
-    1: ["layout.zero=0", "layout.zero=3", "layout.offload=both optimizer.name=sgd"],
-    2: ["layout.tp=2", "layout.pp=2", "layout.zero=1", "layout.zero=2 layout.offload=optimizer", "layout.zero=3"],
-    3: ["layout.pp=3 layout.schedule=zb-h1", "layout.zero=2 optimizer.name=sgd"],
-    4: ["layout.tp=2 layout.pp=2", "layout.tp=2 layout.zero=1", "layout.pp=2 layout.zero=3", "layout.cp=2"],
+    1: [f"layout.zero=0 {LAMB}", f"layout.zero=3 {MUON}", "layout.offload=both optimizer.name=sgd"],
+    2: [
+        f"layout.tp=2 {MUON}",
+        f"layout.pp=2 {LAMB}",
+        f"layout.zero=1 {MUON}",
+        f"layout.zero=2 layout.offload=optimizer {LAMB}",
+        "layout.zero=3",
+    ],
+    3: ["layout.pp=3 layout.schedule=zb-h1", f"layout.zero=2 {MUON}"],
+    4: [
+        f"layout.tp=2 layout.pp=2 {MUON}",
+        "layout.tp=2 layout.zero=1",
+        f"layout.pp=2 layout.zero=3 {LAMB}",
+        "layout.cp=2",
+    ],
 }
 TIMES = {"seconds", "tokens_per_second", "share_of_peak", "save_seconds", "held_up_seconds", "phases", "slow", "time"}
 TOLD = ("run.log_seconds=0", "run.evaluate_every=2", "checkpoint.every=3", "train.replica_check=4")
@@ -59,6 +71,7 @@ def take(toml: Path, world: Intracomm, ahead: int, *overrides: str, watch: Watch
         arrays = [b.master.copy() for b in t.engine.buckets.buckets]
         arrays += [array.copy() for _, _, array in t.engine.optimizer.state()]
         seen = {"results": results, "error": error, "arrays": arrays, "step": t.step, "path": t.metrics.path}
+        seen["scale"] = t.engine.loss_scale.state()
         return seen | {"steps": t.engine.optimizer.steps, "samples": t.inputs.sampler.samples}
 
 
@@ -69,7 +82,7 @@ def _told(trainer: Trainer, result: Any, watch: Watch | None) -> Any:
 
 
 def alike(one: Taken, other: Taken) -> None:
-    for name in ("results", "error", "step", "steps", "samples"):
+    for name in ("results", "error", "step", "steps", "samples", "scale"):
         assert repr(one[name]) == repr(other[name]), name  # of NaN, too
     assert one["arrays"] and all(np.array_equal(a, b) for a, b in zip(one["arrays"], other["arrays"], strict=True))
 
@@ -82,22 +95,23 @@ def records(taken: Taken) -> list[dict[str, Any]]:
 
 def plant(*steps: int, rank: int = 0) -> Watch:
     """In these steps ``rank``'s backward begins with a NaN, each time."""
+    return lambda trainer: plant_in(trainer, np.nan, lambda place: place.step in steps, rank)
 
-    def planted(trainer: Trainer) -> None:
-        stage = trainer.engine.stages[-1]
-        if trainer.mesh.rank != rank or "backward" in vars(stage):
-            return
-        backward = stage.backward
 
-        def bad(dy: Any, saved: Any, wgrad: Any) -> Any:
-            if dy.size and trainer.engine.cursor.place.step in steps:
-                dy = dy.copy()
-                dy.reshape(-1)[0] = np.nan
-            return backward(dy, saved, wgrad)
+def plant_in(trainer: Trainer, value: float, where: Callable[[Place], bool], rank: int | None = None) -> None:
+    """At these places the backward of ``rank``, by default the last, begins with ``value``."""
+    stage = trainer.engine.stages[-1]
+    if trainer.mesh.rank != (trainer.mesh.size - 1 if rank is None else rank) or "backward" in vars(stage):
+        return
+    backward = stage.backward
 
-        stage.backward = bad  # type: ignore[method-assign]
+    def bad(dy: Any, saved: Any, wgrad: Any) -> Any:
+        if dy.size and where(trainer.engine.cursor.place):
+            dy = dy.copy()
+            dy.reshape(-1)[0] = value
+        return backward(dy, saved, wgrad)
 
-    return planted
+    stage.backward = bad  # type: ignore[method-assign]
 
 
 @pytest.mark.mpi
@@ -210,7 +224,7 @@ def test_a_profiled_step_is_whole(world: Intracomm, toml: Path) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "muon"])
 def test_two_steps_of_an_engine_under_way(world: Intracomm, name: str) -> None:
     config = spread(small(name=name, loss_scale=8.0), f"dp={world.size}")
     source = source_of(config)
@@ -270,16 +284,8 @@ def test_the_time_of_a_step_is_that_from_result_to_result(monkeypatch: pytest.Mo
     assert seconds == [12, 11, 10, 11] and not len(ahead)
 
 
-def test_who_may_run_ahead() -> None:
-    """Those that the configuration lets are those that leave the factor where it is; on the CPU nothing asks for it."""
-    assert small().train.ahead == 0 and small(device="cuda").train.ahead == 1
-    for name, (made, _) in _CLASSES.items():
-        assert small(device="cuda", name=name).train.ahead == made.late
-        if not made.late:
-            with pytest.raises(
-                InputError, match=f'train.ahead = 1: .*optimizer.name = "{name}".*train.ahead = 0 would fit'
-            ):
-                small(name=name, ahead=1)
-    assert small(device="cuda", dtype="float16").train.ahead == 0
+def test_who_runs_ahead() -> None:
+    """All do on a GPU; on the CPU nothing asks for it."""
+    assert small().train.ahead == 0 and small(device="cuda", name="muon", dtype="float16").train.ahead == 1
     with pytest.raises(InputError, match=r"train.ahead: expected an integer in \[0, 1\], found 2"):
         small(ahead=2)

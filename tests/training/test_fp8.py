@@ -14,8 +14,11 @@ from hpcmp.checkpoint import open_checkpoint
 from hpcmp.cli import main
 from hpcmp.errors import InputError
 from hpcmp.kernels import fp8
+from hpcmp.kernels.cuda import libraries
 from hpcmp.training.config import Config, load_config
 from hpcmp.training.engine import Engine
+from hpcmp.training.fp8 import misfits
+from hpcmp.training.metrics import greet
 from hpcmp.training.trainer import Trainer
 from hpcmp.training.verify import resolve, source_of, verify
 from tests.kernels.emulation.backend import needs_gxx
@@ -42,21 +45,21 @@ def losses(config: Config, steps: int, evaluations: bool = False) -> np.ndarray[
         return np.array(found)
 
 
-@pytest.mark.parametrize(("style", "rate", "limits"), [("gpt", 1e-3, (6e-3, 2e-3)), ("llama", 1e-2, (8e-2, 1.5e-2))])
+@pytest.mark.parametrize(("style", "rate", "limits"), [("gpt", 1e-3, (3e-3, 1e-3)), ("llama", 1e-2, (5e-2, 5e-3))])
 def test_a_model_learns_as_in_float32(style: str, rate: float, limits: tuple[float, float]) -> None:
-    """Over 150 steps, in bfloat16: the furthest loss from float32's, and the mean of the last 20. Measured: GPT style
-    1.6e-3 and 4e-5, Llama style 2.9e-2 and 1e-3."""
-    settings = CURVE | {"steps": 150, "style": style, "learning_rate": rate}
-    wanted = losses(small(**settings), 150)
-    assert wanted[-20:].mean() < 0.6 * wanted[0], "it does not learn"
+    """Over 80 steps, in bfloat16: the furthest loss from float32's, and the mean of the last 20. Measured: GPT style
+    7.6e-4 and 1e-4, Llama style 1.5e-2 and 1e-3."""
+    settings = CURVE | {"steps": 80, "style": style, "learning_rate": rate}
+    wanted = losses(small(**settings), 80)
+    assert wanted[-20:].mean() < 0.75 * wanted[0], "it does not learn"
     for scaling in SCALINGS:
-        found = losses(small(**settings | {"dtype": "bfloat16"}, fp8=scaling), 150)
+        found = losses(small(**settings | {"dtype": "bfloat16"}, fp8=scaling), 80)
         assert 1e-4 < np.abs(found / wanted - 1).max() <= limits[0]
         assert abs(found[-20:].mean() / wanted[-20:].mean() - 1) <= limits[1]
 
 
 LAYOUTS = {
-    1: ["dp=1,micro=3", "dp=1,recompute=activations", "dp=1,recompute=full"],
+    1: ["dp=1,micro=3,offload=activations", "dp=1,recompute=activations", "dp=1,recompute=full"],
     2: ["tp=2,sp=1", "pp=2,micro=2,recompute=activations,offload=activations", "dp=2,zero=1", "dp=2,zero=3", "cp=2"],
     3: ["tp=3,sp=1", "pp=3,micro=2,recompute=attention", "dp=3,zero=2"],
     4: ["tp=2,pp=2,micro=2,schedule=zb-h1", "dp=2,tp=2,zero=2,recompute=full", "tp_y=2,dp=2", "tp_z=2,tp=2"],
@@ -71,7 +74,7 @@ def test_a_layout_agrees_with_the_serial_run(world: Intracomm, scaling: str, dty
     where key-value heads are read by several ranks each rounds its own part."""
     base = small(**MODEL, style="llama", dtype=dtype, fp8=scaling)
     configs = [spread(base, text) for text in LAYOUTS[world.size]]
-    for report in verify(configs, world, source_of(base), steps=3):
+    for report in verify(configs, world, source_of(base), steps=2):  # one of them by what the other left
         same = not any(f"{axis}=2" in report.layout or "tp=3" in report.layout for axis in ("tp", "cp", "tp_y"))
         gradient, norm, loss = (1e-4, 1e-6, 1e-6) if same else (0.4, 5e-3, 2e-4)
         assert max(p.gradient for p in report.parameters) <= gradient, report.layout
@@ -256,17 +259,17 @@ def run(toml: Path, world: Intracomm, name: str, steps: int, *given: str) -> tup
     return found, held
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_a_run_goes_on_bit_for_bit(world: Intracomm, toml: Path, scaling: str) -> None:
-    layout = {1: "layout.dp=1", 2: "layout.tp=2", 3: "layout.dp=3", 4: "layout.pp=2"}.get(world.size, "layout.tp=2")
-    given = [f"train.fp8={scaling}", layout]
-    whole, expected = run(toml, world, f"whole-{scaling}", 4, *given)
-    first, _ = run(toml, world, f"parts-{scaling}", 2, *given)
-    second, held = run(toml, world, f"parts-{scaling}", 4, *given)
+@pytest.mark.mpi(min_size=2)
+def test_a_run_goes_on_bit_for_bit(world: Intracomm, toml: Path) -> None:
+    """With its histories: without, as with "current", nothing is there to go wrong that is not here too."""
+    if world.size not in (2, 4):
+        pytest.skip("tp on two ranks, pp and dp on four")
+    given = ["train.fp8=delayed", f"layout.{'tp' if world.size == 2 else 'pp'}=2"]
+    whole, expected = run(toml, world, "whole", 4, *given)
+    first, _ = run(toml, world, "parts", 2, *given)
+    second, held = run(toml, world, "parts", 4, *given)
     assert [*first, *second] == whole and len(second) == 2
-    assert set(held) == set(expected)
-    assert any(name.startswith("fp8/") for name in held) == (scaling == "delayed")
+    assert set(held) == set(expected) and any(name.startswith("fp8/") for name in held)
     for name, value in expected.items():
         np.testing.assert_array_equal(held[name], value, err_msg=name)
 
@@ -282,6 +285,53 @@ def test_a_run_goes_on_with_another_scaling(world: Intracomm, toml: Path) -> Non
         histories = [value for key, value in held.items() if key.startswith("fp8/")]
         assert len(found) == 2 and bool(histories) == (after == "delayed")
         assert all(h[:, :2].all() and not h[:, 2:].any() for h in histories)
+
+
+def eight(**settings: Any) -> Config:
+    """Of sizes that are multiples of 16, on any of two ranks."""
+    sizes = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_size": 16, "ffn": 96, "sequence": 32, "batch": 4}
+    layout = {key: settings.pop(key) for key in ("tp", "tp_y", "cp", "pp", "dp", "ulysses") if key in settings}
+    config = small(**MODEL | sizes | settings, fp8="current", device="cuda", dtype="bfloat16")
+    return spread(config, ",".join(f"{key}={number}" for key, number in layout.items()) or "dp=1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, []),
+        ({"tp": 2, "batch": 3}, []),
+        ({"batch": 3, "sequence": 8}, ["tokens of a microbatch (24)"]),
+        ({"dp": 2, "batch": 3, "sequence": 8}, ["tokens of a microbatch (8)"]),
+        ({"pp": 2, "sequence": 24, "layers": 2}, ["tokens of a microbatch (24)"]),
+        ({"cp": 2, "sequence": 21, "batch": 1}, ["tokens of a microbatch (10 or 11)"]),
+        ({"cp": 2, "ulysses": 2, "sequence": 33, "batch": 1}, ["tokens of a microbatch (17)"]),
+        ({"tp_y": 2, "hidden": 72}, ["hidden of a rank (36)"]),
+        ({"head_size": 4, "heads": 6}, ["queries of a rank (24)"]),
+        ({"tp": 3, "ffn": 64}, ["ffn of a rank (21 or 22)"]),
+        ({"tp": 4, "ffn": 100}, ["ffn of a rank (25)"]),
+        ({"ffn": 100, "experts": 2}, []),
+        ({"ffn": 100, "experts": 2, "experts_every": 2}, ["ffn of a rank (100)"]),
+    ],
+)
+def test_sizes_that_are_not_multiplied_in_8_bits(settings: dict[str, Any], found: list[str]) -> None:
+    assert misfits(eight(**settings)) == found
+
+
+def test_the_log_says_what_multiplies(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO")
+    with engine(small(**MODEL, dtype="bfloat16", fp8="current")) as e:
+        greet(e)
+        monkeypatch.setattr(libraries, "cublaslt", lambda: libraries.Library("13.1.0"))
+        for number in (90, 80):
+            monkeypatch.setattr(libraries, "capability", lambda number=number: number)
+            e.config = eight()
+            greet(e)
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "train.fp8" in r.getMessage()]
+    assert [level for level, _ in said] == ["WARNING", "INFO", "WARNING"]
+    for (_, text), end in zip(
+        said, ("slower than without", "cuBLASLt multiplies 8 bits", "come with 8.9"), strict=True
+    ):
+        assert text.endswith(end)
 
 
 def test_float64_is_refused_and_verify_ignores_fp8() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hpcmp import arrays
 from hpcmp.layers.loss import VocabularyParallelCrossEntropy
 from hpcmp.layers.moe.router import Router
+from hpcmp.optim.lamb import LAMB
 from hpcmp.training.verify import source_of
 from tests.kernels.emulation.backend import needs_gxx
 from tests.layouts import engine, small
@@ -39,7 +40,10 @@ class Device(np.ndarray):
     def _read(self, *_: Any) -> Any:
         raise Read
 
-    __float__ = __int__ = __bool__ = __index__ = __len__ = __iter__ = item = tolist = _read  # type: ignore[assignment]
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(self.shape[0]))
+
+    __float__ = __int__ = __bool__ = __index__ = item = tolist = _read  # type: ignore[assignment]
 
 
 def to_host(x: Any) -> Any:
@@ -49,7 +53,7 @@ def to_host(x: Any) -> Any:
 
 
 def on_device(patch: pytest.MonkeyPatch, e: Any) -> None:
-    """The loss, the routers' sums, the sums of a step and its factor are ``Device`` from now on."""
+    """The loss, the routers' sums, the sums of a step, its factor and LAMB's norms are ``Device`` from now on."""
     for module in [m for name, m in sys.modules.items() if name.startswith("hpcmp.")]:
         if getattr(module, "to_host", None) is arrays.to_host:
             patch.setattr(module, "to_host", to_host)
@@ -60,12 +64,20 @@ def on_device(patch: pytest.MonkeyPatch, e: Any) -> None:
         return np.asarray(loss).view(Device), saved
 
     patch.setattr(VocabularyParallelCrossEntropy, "forward", hidden)
-    patch.setattr(e, "xp", SimpleNamespace(**{**vars(np), "zeros": lambda *a: np.zeros(*a).view(Device)}))
+    xp = SimpleNamespace(**{**vars(np), "zeros": lambda *a: np.zeros(*a).view(Device)})
+    for each in (e, *e.optimizer.buckets.buckets):
+        patch.setattr(each, "xp", xp)
     patch.setattr(e, "factor", e.factor.view(Device))
     patch.setattr(e.host.copies, "read", lambda x: lambda: np.array(x, subok=False))
 
 
-STEPS = {"adamw": {}, "sgd": {"name": "sgd"}, "16 bits": {"dtype": "bfloat16"}, "no clip": {"clip": None}}
+STEPS: dict[str, dict[str, Any]] = {
+    "adamw": {"clip": None},
+    "sgd": {"name": "sgd"},
+    "lamb": {"name": "lamb"},
+    "muon": {"name": "muon", "dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+}
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -83,11 +95,16 @@ def test_a_steady_step_is_begun_without_a_look_at_any_number(case: str, monkeypa
     assert all(np.array_equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["lamb", "muon"])
-def test_an_optimizer_that_asks_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(name=name)
+@pytest.mark.parametrize("what", ["factor", "ratios"])
+def test_an_optimizer_that_asks_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, update, sqrt = small(name="lamb"), LAMB.update, np.sqrt
     with on_cuda(), engine(config) as e:
         on_device(monkeypatch, e)
+        if what == "factor":
+            monkeypatch.setattr(LAMB, "update", lambda self, rate, scale: update(self, rate, float(scale[0])))
+        else:
+            xp = e.optimizer.buckets.buckets[0].xp
+            monkeypatch.setattr(xp, "sqrt", lambda x: [[float(n) for n in row] for row in sqrt(x)])
         with pytest.raises(Read):
             e.begin(0, *source_of(config)(0, e.share))
 

@@ -146,14 +146,15 @@ def test_the_scale_saves_small_gradients() -> None:
 
 def test_loss_scale() -> None:
     s = LossScale(8.0, window=3, dynamic=True)
-    assert [s.update(finite) for finite in (True, True, False)] == [False, False, True]
-    assert s.scale == 4 and s.good == 0
+    begun = [s.begun() for _ in range(4)]
+    assert begun == [(8, 0), (8, 1), (8, 2), (16, 0)] and s.now == (16, 1)
+    assert s.overflowed(begun[1]) and s.now == (4, 0)  # what was begun after it does not count
     again = LossScale(1.0, window=3, dynamic=True)
     again.load(s.state())
-    assert not any(again.update(True) for _ in range(3)) and again.scale == 8
-    assert [again.update(False) for _ in range(4)] == [True, True, True, False] and again.scale == 1  # no smaller
+    assert [again.begun().scale for _ in range(3)] == [4, 4, 4] and again.scale == 8
+    assert [again.overflowed(again.begun()) for _ in range(4)] == [True, True, True, False] and again.scale == 1
     constant = LossScale(16.0)
-    assert not constant.update(False) and not constant.update(True) and constant.scale == 16
+    assert not constant.overflowed(constant.begun()) and constant.now == (16, 0)
     constant.load({"scale": 2.0, "good": 1})
     assert constant.scale == 16
 

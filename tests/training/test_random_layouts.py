@@ -109,13 +109,13 @@ def case(choose: Choose) -> Case:
 
 
 def drawn(count: int) -> Iterator[Case]:
-    """Cases that the configuration takes, the same in every process."""
+    """Cases that the configuration takes, the same in every process; every second one keeps documents apart."""
     rng = random.Random(0)
     while count:
         ranks, text, values = case(rng.choice)
         with suppress(InputError):
             spread(small(**values), text)
-            yield ranks, text, values
+            yield ranks, text, values | {"documents": ("joined", "apart")[count % 2]}
             count -= 1
 
 

@@ -15,6 +15,7 @@ from ...errors import InputError
 from ...kernels.cuda import cudnn, libraries
 from ...training.config import Config
 from ...training.engine import architecture
+from ...training.fp8 import verdict
 from . import cgroup, gpu, limits
 from .base import Check, Ranks, Subject, Trouble, attempt, by_host, some, wrong
 from .files import tokens
@@ -27,7 +28,7 @@ GIB = 2**30
 class Have:
     """What a rank has of what is needed; texts say what is wrong, "" if nothing. vocabulary: of the model, 0 if nobody
     knows; free: bytes of memory of the host, or of the GPU if that is the device; nccl: its version; cuda: CuPy's, the
-    number before the point; no_cublaslt, no_cudnn: why they cannot be loaded."""
+    number before the point; no_cublaslt, no_cudnn: why they cannot be loaded; capability: as ``libraries`` has it."""
 
     host: str
     vocabulary: int = 0
@@ -38,6 +39,7 @@ class Have:
     cuda: int = 12
     no_cublaslt: str = ""
     no_cudnn: str = ""
+    capability: int = 90
 
 
 class Needs:
@@ -62,6 +64,7 @@ class Needs:
                 self.device_check,
                 self.products_check,
                 self.attention_check,
+                self.fp8_check,
                 self.blas_check,
                 self.memory_check,
                 self.keys_check,
@@ -85,7 +88,8 @@ class Needs:
         have = replace(have, nccl=gpus.nccl, cuda=gpus.runs[1] // 1000 or 12)
         if wrong_device:
             return have
-        return replace(have, no_cublaslt=libraries.cublaslt().why, no_cudnn=libraries.cudnn().why)
+        why = libraries.cublaslt().why, libraries.cudnn().why
+        return replace(have, no_cublaslt=why[0], no_cudnn=why[1], capability=libraries.capability())
 
     def layout_check(self, seen: list[Have]) -> Check:
         """Whether the ranks fit the layout, and tensor parallelism stays within a node."""
@@ -133,6 +137,16 @@ class Needs:
         value = f"it goes in tiles on {some(each.host for each in bad)}, slower than cuDNN's: {why}"
         advice = "`unset HPCMP_CUDNN`" if "HPCMP_CUDNN" in why else _pip(f"cuda{cuda},cudnn{cuda}")
         return Check("attention", "warn", value, advice)
+
+    def fp8_check(self, seen: list[Have]) -> Check | list[Check]:
+        """Whether products of 8 bits make what ``train.fp8`` has multiplied."""
+        if self.config.train.fp8 == "none" or any(each.device_wrong for each in seen):
+            return []
+        found = [verdict(self.config, each.capability, each.no_cublaslt) for each in seen]
+        good, value, advice = worst = min(found, key=lambda each: each.good)
+        hosts = [each.host for each, told in zip(seen, found, strict=True) if told == worst]
+        where = "" if len(hosts) == len(seen) else f" ({some(hosts)})"
+        return Check("train.fp8", "ok" if good else "warn", value + where, advice)
 
     def blas_check(self, seen: list[Have]) -> Check | list[Check]:
         """Whether the library of matrix products is there."""

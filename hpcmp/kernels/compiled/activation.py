@@ -129,7 +129,7 @@ def _dropout(x: Floats, y: Floats, drawn: Any, first: int) -> None:
     words = room()
     for r in range(x.shape[0]):
         source, target = x[r], y[r]
-        draw(target, drawn, first + r, words)
+        draw(target, drawn, first + r, words, 0)
         for i in range(target.size):
             target[i] *= source[i]
 

@@ -1,7 +1,8 @@
 """Attention in blocks of queries: a block's scores stay in the second-level cache, the matrix products are CBLAS's.
 
 The loops call ``cblas_sgemm`` or ``cblas_dgemm`` through its address, so that no Python runs between the products. A
-thread takes some pairs of sample and key-value head, each from beginning to end.
+thread takes some pairs of sample and key-value head, each from beginning to end. Of keys that a block's first query
+does not see, as they are before its document, none is computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...documents import First
 from ...random import DropoutMask
 from .. import attention as specification
 from .. import blas
@@ -25,21 +27,26 @@ _ROWS = 64  # queries of a block: more read the keys less often, fewer compute l
 
 
 def attention(
-    q: Floats, kv: Floats, scale: float, mask: DropoutMask | None = None, causal: bool = True
+    q: Floats,
+    kv: Floats,
+    scale: float,
+    mask: DropoutMask | None = None,
+    causal: bool = True,
+    first: First | None = None,
 ) -> tuple[Floats, Floats]:
     """See ``attention.attention``."""
     gemm = blas.address(q.dtype)
     if gemm is None or not q.size or not kv.size:
-        return specification.attention(q, kv, scale, mask, causal)
+        return specification.attention(q, kv, scale, mask, causal, first)
     (s, b, n, _), (t, _, groups, *_) = q.shape, kv.shape
     q, k, v = map(_strided, (q, kv[..., 0, :], kv[..., 1, :]))
     o, lse = np.empty(q.shape, q.dtype), np.empty((b, n, s), q.dtype)
     places = np.array([_place(x) for x in (q, k, v, o)])
-    drawn, factor = rows_of(mask, q.dtype), q.dtype.type(scale)
+    drawn, factor, begins = rows_of(mask, q.dtype), q.dtype.type(scale), _begins(first)
 
-    def work(first: int, last: int) -> None:
+    def work(a: int, b: int) -> None:
         scores = np.empty((_ROWS, t), q.dtype)
-        _attention(o, lse, scores, drawn, places, factor, causal, gemm, groups, first, last)
+        _attention(o, lse, scores, drawn, begins, places, factor, causal, gemm, groups, a, b)
 
     share(b * groups, s * b * n * t, work)
     return o, lse
@@ -54,21 +61,22 @@ def attention_backward(
     scale: float,
     mask: DropoutMask | None = None,
     causal: bool = True,
+    first: First | None = None,
 ) -> tuple[Floats, Floats]:
     """See ``attention.attention_backward``."""
     gemm = blas.address(q.dtype)
     if gemm is None or not q.size or not kv.size:
-        return specification.attention_backward(do, q, kv, o, lse, scale, mask, causal)
+        return specification.attention_backward(do, q, kv, o, lse, scale, mask, causal, first)
     (s, b, n, _), (t, _, groups, *_) = q.shape, kv.shape
     q, k, v = map(_strided, (q, kv[..., 0, :], kv[..., 1, :]))
     do, o, lse = (np.ascontiguousarray(x, q.dtype) for x in (do, o, lse))
-    dq, dkv = np.empty(q.shape, q.dtype), np.empty(kv.shape, q.dtype)
+    dq, dkv = np.empty(q.shape, q.dtype), (np.empty if first is None else np.zeros)(kv.shape, q.dtype)
     places = np.array([_place(x) for x in (q, k, v, do, dq, dkv[..., 0, :], dkv[..., 1, :])])
-    drawn, factor = rows_of(mask, q.dtype), q.dtype.type(scale)
+    drawn, factor, begins = rows_of(mask, q.dtype), q.dtype.type(scale), _begins(first)
 
-    def work(first: int, last: int) -> None:
+    def work(a: int, b: int) -> None:
         p, ds = np.empty((2, _ROWS, t), q.dtype)
-        _attention_backward(do, o, lse, p, ds, drawn, places, factor, causal, gemm, groups, first, last)
+        _attention_backward(do, o, lse, p, ds, drawn, begins, places, factor, causal, gemm, groups, a, b)
 
     share(b * groups, s * b * n * t, work)
     return dq, dkv
@@ -84,6 +92,11 @@ def merge_attention(o1: Floats, lse1: Floats, o2: Floats, lse2: Floats) -> tuple
     o = np.empty(x.shape, x.dtype)
     share(len(o), o.size, lambda i, j: _merge(x[i:j], y[i:j], w1[i:j], w2[i:j], o[i:j]))
     return o.reshape(o1.shape), lse
+
+
+def _begins(first: First | None) -> NDArray[np.int32]:
+    """The first key of each query, (b, s); none for all of them."""
+    return np.empty((0, 0), np.int32) if first is None else first.host
 
 
 def _strided(x: Floats) -> Floats:
@@ -108,7 +121,7 @@ def _at(place: Any, position: int, sample: int, head: int) -> Any:
 
 @jit
 def _attention(
-    o: Floats, lse: Floats, scores: Floats, drawn: Any, places: Any, scale: Any, causal: bool, gemm: int,
+    o: Floats, lse: Floats, scores: Floats, drawn: Any, begins: Any, places: Any, scale: Any, causal: bool, gemm: int,
     groups: int, first: int, last: int,
 ) -> None:  # fmt: skip
     real = o.dtype.type
@@ -117,31 +130,41 @@ def _attention(
     q, k, v, out = places[0], places[1], places[2], places[3]
     heads, sums = n // groups, np.empty(_ROWS, o.dtype)
     dropped, words, keep = len(drawn[0]) > 0, room(), np.empty(t, o.dtype)
+    apart = begins.size > 0
     for pair in range(first, last):
         i, g = pair // groups, pair % groups
         for h in range(g * heads, (g + 1) * heads):
             for a in range(0, s, _ROWS):
                 rows = min(_ROWS, s - a)
-                width = a + rows if causal else t
-                gemm_at(gemm, NO, T, rows, width, d, scale, _at(q, a, i, h), q[4], _at(k, 0, i, g), k[4], zero,
+                end = a + rows if causal else t
+                begin = min(begins[i, a], end) if apart else 0  # columns of scores are keys from here on
+                width = end - begin
+                gemm_at(gemm, NO, T, rows, width, d, scale, _at(q, a, i, h), q[4], _at(k, begin, i, g), k[4], zero,
                         scores.ctypes.data, t)  # fmt: skip
                 for r in range(rows):
-                    seen = a + r + 1 if causal else t
-                    row, rest = scores[r, :seen], scores[r, seen:width]
+                    seen = (a + r + 1 if causal else t) - begin
+                    unseen = min(begins[i, a + r] - begin, seen) if apart else 0
+                    row, rest = scores[r, unseen:seen], scores[r, seen:width]
+                    for j in range(unseen):
+                        scores[r, j] = zero
+                    for j in range(rest.size):
+                        rest[j] = zero
+                    if row.size == 0:
+                        lse[i, h, a + r], sums[r] = -np.inf, zero
+                        continue
                     top = largest(row)
                     total = zero
                     for j in range(row.size):
                         row[j] = exp(row[j] - top)
                         total += row[j]
-                    for j in range(rest.size):
-                        rest[j] = zero
                     lse[i, h, a + r] = top + np.log(total)
                     if dropped:
-                        draw(keep[:seen], drawn, (i * n + h) * s + a + r, words)
-                        for j in range(row.size):
-                            row[j] *= keep[j]
+                        part = keep[: row.size]
+                        draw(part, drawn, (i * n + h) * s + a + r, words, begin + unseen)
+                        for j in range(part.size):
+                            row[j] *= part[j]
                     sums[r] = one / total
-                gemm_at(gemm, NO, NO, rows, d, width, one, scores.ctypes.data, t, _at(v, 0, i, g), v[4], zero,
+                gemm_at(gemm, NO, NO, rows, d, width, one, scores.ctypes.data, t, _at(v, begin, i, g), v[4], zero,
                         _at(out, a, i, h), out[4])  # fmt: skip
                 for r in range(rows):
                     x, factor = o[a + r, i, h], sums[r]
@@ -151,8 +174,8 @@ def _attention(
 
 @jit
 def _attention_backward(
-    do: Floats, o: Floats, lse: Floats, p: Floats, ds: Floats, drawn: Any, places: Any, scale: Any, causal: bool,
-    gemm: int, groups: int, first: int, last: int,
+    do: Floats, o: Floats, lse: Floats, p: Floats, ds: Floats, drawn: Any, begins: Any, places: Any, scale: Any,
+    causal: bool, gemm: int, groups: int, first: int, last: int,
 ) -> None:  # fmt: skip
     real = o.dtype.type
     zero, one = real(0), real(1)
@@ -160,36 +183,43 @@ def _attention_backward(
     q, k, v, dout, dq, dk, dv = places[0], places[1], places[2], places[3], places[4], places[5], places[6]
     heads, scores, dscores = n // groups, p.ctypes.data, ds.ctypes.data
     dropped, words, keep = len(drawn[0]) > 0, room(), np.empty(t, o.dtype)
+    apart = begins.size > 0
     for pair in range(first, last):
         i, g = pair // groups, pair % groups
-        keys, values, dkeys, dvalues = _at(k, 0, i, g), _at(v, 0, i, g), _at(dk, 0, i, g), _at(dv, 0, i, g)
-        old = zero  # what is there counts once the first head's last queries, which see all keys, have been there
+        # What is there counts once the first head's last queries have been there, if these see all keys.
+        old = one if apart else zero
         for h in range(g * heads, (g + 1) * heads):
             for block in range((s - 1) // _ROWS, -1, -1):
                 a = block * _ROWS
                 rows = min(_ROWS, s - a)
-                width = a + rows if causal else t
-                queries, given = _at(q, a, i, h), _at(dout, a, i, h)
+                end = a + rows if causal else t
+                begin = min(begins[i, a], end) if apart else 0  # columns of scores are keys from here on
+                width = end - begin
+                keys, values, dkeys = _at(k, begin, i, g), _at(v, begin, i, g), _at(dk, begin, i, g)
+                queries, given, dvalues = _at(q, a, i, h), _at(dout, a, i, h), _at(dv, begin, i, g)
                 gemm_at(gemm, NO, T, rows, width, d, scale, queries, q[4], keys, k[4], zero, scores, t)
                 gemm_at(gemm, NO, T, rows, width, d, one, given, dout[4], values, v[4], zero, dscores, t)
                 for r in range(rows):
-                    seen = a + r + 1 if causal else t
+                    seen = (a + r + 1 if causal else t) - begin
+                    unseen = min(begins[i, a + r] - begin, seen) if apart else 0
                     row, drow, top = p[r, :width], ds[r, :width], lse[i, h, a + r]
                     x, y = do[a + r, i, h], o[a + r, i, h]
                     mean = zero
                     for j in range(d):
                         mean += x[j] * y[j]
                     if dropped:
-                        draw(keep[:seen], drawn, (i * n + h) * s + a + r, words)
-                        for j in range(seen):
+                        draw(keep[unseen:seen], drawn, (i * n + h) * s + a + r, words, begin + unseen)
+                        for j in range(np.uint64(unseen), np.uint64(seen)):  # not negative, as LLVM needs to know
                             weight = exp(row[j] - top)
                             drow[j] = scale * weight * (drow[j] * keep[j] - mean)
                             row[j] = weight * keep[j]
                     else:
-                        for j in range(seen):
+                        for j in range(np.uint64(unseen), np.uint64(seen)):
                             weight = exp(row[j] - top)
                             drow[j] = scale * weight * (drow[j] - mean)
                             row[j] = weight
+                    for j in range(unseen):
+                        row[j], drow[j] = zero, zero
                     for j in range(seen, width):
                         row[j], drow[j] = zero, zero
                 gemm_at(gemm, T, NO, width, d, rows, one, scores, t, given, dout[4], old, dvalues, dv[4])

@@ -59,12 +59,15 @@ def room() -> Any:
 
 
 @inline(FAST)
-def draw(scaled: Floats, drawn: Any, row: int, words: NDArray[np.uint32]) -> None:
-    """keep / (1 - rate) for a row's first columns, as many as ``scaled`` has. drawn: ``rows_of``; words: ``room``."""
+def draw(scaled: Floats, drawn: Any, row: int, words: NDArray[np.uint32], skipped: int) -> None:
+    """keep / (1 - rate) for a row's columns after the first ``skipped``, as many as ``scaled`` has. drawn: ``rows_of``;
+    words: ``room``."""
     rows, runs, keys, threshold, factor = drawn
     zero, filled = scaled.dtype.type(0), 0
     for run in range(runs.shape[0]):
-        column, stop = runs[run, 0], min(runs[run, 1], runs[run, 0] + scaled.size - filled)
+        column = runs[run, 0] + skipped
+        skipped = max(0, column - runs[run, 1])
+        stop = min(runs[run, 1], column + scaled.size - filled)
         while column < stop:
             first, skip = column >> 2, column & 3
             size = min(stop - column, words.size - skip)

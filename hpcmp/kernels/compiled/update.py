@@ -43,7 +43,10 @@ def adam_update(grad: Floats, m: Floats, v: Floats, **settings: Any) -> Floats:
     if not _plain(grad, m, v):
         found: Floats = specification.adam_update(grad, m, v, **settings)
         return found
-    out, numbers = np.empty_like(grad), _adam(grad.dtype, **settings)
+    scale = np.asarray(settings.pop("grad_scale")).item()
+    if math.isnan(scale):
+        return np.zeros_like(grad)
+    out, numbers = np.empty_like(grad), _adam(grad.dtype, **settings, grad_scale=scale)
     share(grad.size, grad.size, lambda a, b: _adam_update(grad[a:b], m[a:b], v[a:b], out[a:b], *numbers))
     return out
 

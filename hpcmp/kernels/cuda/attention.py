@@ -1,18 +1,20 @@
-"""Attention: by cuDNN where it serves (16 bits, no dropout, head sizes that are multiples of 8), else in tiles by
-``sources/attention.cu``; neither keeps a number of the scores."""
+"""Attention: by cuDNN where it serves (16 bits, no dropout, head sizes that are multiples of 8; documents that are kept
+apart: see ``cudnn_documents``), else in tiles by ``sources/attention.cu``; neither keeps a number of the scores."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...arrays import Array, array_module, is_half, wide
+from ...documents import First
 from ...random import DropoutMask
 from .. import attention as specification
 from ..half import widened
-from . import cudnn
+from . import cudnn, cudnn_documents
 from .launch import FLOATS, MASK, declare, launch, mask_arguments
 
 _SIZES = 64, 128, 256  # head sizes that the kernels are compiled for; others are filled up to the next
@@ -73,19 +75,25 @@ declare("attention_merge", {"attention_merge": FLOATS})
 
 
 def attention(
-    q: Array, kv: Array, scale: float, mask: DropoutMask | None = None, causal: bool = True
+    q: Array,
+    kv: Array,
+    scale: float,
+    mask: DropoutMask | None = None,
+    causal: bool = True,
+    first: First | None = None,
 ) -> tuple[Array, Array]:
     """See ``attention.attention``."""
     if not _fits(q, kv, mask):
-        found: tuple[Array, Array] = _specification("attention", q)(q, kv, scale, mask, causal)
+        found: tuple[Array, Array] = _specification("attention", q)(q, kv, scale, mask, causal, first)
         return found
-    if mask is None and cudnn.serves(q, kv) and (done := cudnn.attention(q, kv, scale, causal)):
-        return done
+    if mask is None and cudnn.serves(q, kv):
+        if done := _by_cudnn("attention", first)(q, kv, scale, causal):
+            return done
     (s, b, n, d), xp = q.shape, array_module(q)
     q, kv = _rows(q), _rows(kv)
     o, lse = xp.empty(q.shape, q.dtype), xp.empty((b, n, s), wide(q.dtype))
     arrays = q, kv[..., 0, :], kv[..., 1, :], o, lse
-    _launch(_FORWARD, (s, n, b), d, _problem(q, kv, None, None, causal, mask), arrays, scale, mask)
+    _launch(_FORWARD, (s, n, b), d, _problem(q, kv, None, None, causal, mask), arrays, scale, mask, first)
     return o, lse
 
 
@@ -98,14 +106,17 @@ def attention_backward(
     scale: float,
     mask: DropoutMask | None = None,
     causal: bool = True,
+    first: First | None = None,
 ) -> tuple[Array, Array]:
     """See ``attention.attention_backward``."""
     if not _fits(q, kv, mask):
-        found: tuple[Array, Array] = _specification("attention_backward", q)(do, q, kv, o, lse, scale, mask, causal)
+        backward = _specification("attention_backward", q)
+        found: tuple[Array, Array] = backward(do, q, kv, o, lse, scale, mask, causal, first)
         return found
     do, o = do.astype(q.dtype, copy=False), o.astype(q.dtype, copy=False)
-    if mask is None and cudnn.serves(q, kv) and (done := cudnn.attention_backward(do, q, kv, o, lse, scale, causal)):
-        return done
+    if mask is None and cudnn.serves(q, kv):
+        if done := _by_cudnn("attention_backward", first)(do, q, kv, o, lse, scale, causal):
+            return done
     (s, b, n, d), t, groups, xp = q.shape, kv.shape[0], kv.shape[2], array_module(q)
     do, q, kv, o = map(_rows, (do, q, kv, o))
     lse, delta = xp.ascontiguousarray(lse, wide(q.dtype)), xp.empty((b, n, s), wide(q.dtype))
@@ -114,8 +125,8 @@ def attention_backward(
     grid, block = _by_rows(delta.size, d * q.itemsize)
     launch("attention", "attention_delta", (q.dtype,), grid, block, problem, do, o, delta)
     arrays = q, kv[..., 0, :], kv[..., 1, :], do, lse, delta
-    _launch(_QUERIES, (s, n, b), d, problem, (*arrays, dq), scale, mask)
-    _launch(_KEYS, (t, groups, b), d, problem, (*arrays, dkv), scale, mask)
+    _launch(_QUERIES, (s, n, b), d, problem, (*arrays, dq), scale, mask, first)
+    _launch(_KEYS, (t, groups, b), d, problem, (*arrays, dkv), scale, mask, first)
     return dq, dkv
 
 
@@ -147,6 +158,12 @@ def _fits(q: Array, kv: Array, mask: DropoutMask | None) -> bool:
 def _specification(name: str, q: Array) -> Any:
     kernel = getattr(specification, name)
     return widened(name, kernel) if is_half(q.dtype) else kernel
+
+
+def _by_cudnn(name: str, first: First | None) -> Callable[..., tuple[Array, Array] | None]:
+    if first is None or not first.host.any():  # every query sees the first key, and so all
+        return getattr(cudnn, name)  # type: ignore[no-any-return]
+    return functools.partial(getattr(cudnn_documents, name), first=first)
 
 
 def _rows(x: Array) -> Array:
@@ -188,17 +205,19 @@ def _launch(
     arrays: tuple[Array, ...],
     scale: float,
     mask: DropoutMask | None,
+    first: First | None,
 ) -> None:
     """Over so many rows, heads and samples."""
     q, (rows, heads, samples) = arrays[0], over
-    tiling = _tiling(kernel, q.itemsize, d)
+    tiling, first_key = _tiling(kernel, q.itemsize, d), first and first.rows
     drawn: tuple[Any, ...] = _NO_MASK
     if mask is not None:
         s, b, n, _ = q.shape
         drawn = mask_arguments(mask, (b, n, s), array_module(q))
     grid, block = (-(-rows // tiling.block_rows), heads, samples), (32 * _WARPS,)
     shared = tiling.shared(kernel, q.itemsize)
-    launch("attention", kernel, (q.dtype, *tiling), grid, block, problem, *arrays, scale, *drawn, shared=shared)
+    given = problem, *arrays, first_key, scale, *drawn
+    launch("attention", kernel, (q.dtype, *tiling), grid, block, *given, shared=shared)
 
 
-_NO_MASK = np.zeros((), MASK), None, None, None
+_NO_MASK = np.zeros((), MASK), None, None, None, None

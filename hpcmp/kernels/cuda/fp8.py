@@ -12,12 +12,12 @@ import numpy as np
 
 from ...arrays import Array, array_module, dtype_of
 from .. import fp8 as specification
-from ..fp8 import Codes
+from ..fp8 import SUMMED, Codes
 from .grid import PACK, contiguous, lanes
 from .launch import declare, launch
 from .multiply import gemm, scaled
 
-_THREADS, _SIDE, _UNROLL, _MOST = 256, 128, 4, 1024  # as in fp8.cu; blocks of ``amax``
+_THREADS, _SIDE, _UNROLL, _MOST = 256, SUMMED, 4, 1024  # as in fp8.cu; blocks of ``amax``
 _MANTISSA = {"e4m3": 3, "e5m2": 2}
 _NAMES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 _SOURCES = "float", "__half", "__nv_bfloat16"
@@ -50,17 +50,18 @@ def quantise(
     columns: bool = False,
     record: Array | None = None,
     out: Codes | None = None,
+    sums: Array | None = None,
 ) -> Codes:
     """See ``fp8.quantise``."""
-    if not (_single(x, largest, record) and x.size):
-        return specification.quantise(x, largest, format, rows, columns, record, out)
+    if not (_single(x, largest, record, sums) and x.size):
+        return specification.quantise(x, largest, format, rows, columns, record, out, sums)
     xp, x, (m, n) = array_module(x), contiguous(x), x.shape
     if out is None:
         codes = xp.empty((m, n), np.uint8) if rows else None
         out = codes, xp.empty((n, m), np.uint8) if columns else None, xp.empty(1, np.float32)
     tiles = -(-m // _SIDE) * -(-n // _SIDE)
     types = x.dtype, _MANTISSA[format]
-    launch("fp8", "quantise", types, (tiles,), (_THREADS,), x, largest, *out, record, m, n)
+    launch("fp8", "quantise", types, (tiles,), (_THREADS,), x, largest, *out, record, sums, m, n)
     return out
 
 

@@ -11,9 +11,11 @@ Work allocates through CuPy, asks the device for nothing and copies nothing to o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -64,7 +66,7 @@ class Memory:
         self.live: dict[int, tuple[int, int, Any]] = {}  # by address: the number, the size, what keeps the memory
         self.seen: dict[int, Array] = {}  # arrays of others that launches read or write
 
-    def malloc(self, size: int, device: int = 0) -> int:
+    def malloc(self, size: int) -> int:
         """The address of ``size`` bytes, more than none."""
         number, self.count = self.count, self.count + 1
         own = self.kept is None or number in self.kept
@@ -72,7 +74,7 @@ class Memory:
         self.live[memory.ptr] = number, size, memory
         return int(memory.ptr)
 
-    def free(self, at: int, device: int = 0) -> None:
+    def free(self, at: int) -> None:
         """Nobody uses the memory at this address any more."""
         self.live.pop(at, None)
 
@@ -100,18 +102,24 @@ class Recording(Generic[T]):
     seen: list[Array]
 
 
-def record(backend: Backend, run: Callable[[], T], kept: frozenset[int] | None = None) -> Recording[T]:
+def record(
+    backend: Backend,
+    run: Callable[[], T],
+    kept: frozenset[int] | None = None,
+    agreed: Callable[[bool], bool] = bool,
+) -> Recording[T]:
     """``run`` captured; it is called several times, must do the same each time, and is not executed.
 
-    kept: a former recording's of like work, for a capture less. What ``run`` returns keeps its arrays: an ``alias``
-    of one is good until the next graph is launched.
+    kept: a former recording's of like work, for a capture less. agreed: whether what is true here is so on all ranks
+    that communicate in the work and capture it together, each as often as the others. What ``run`` returns keeps its
+    arrays: an ``alias`` of one is good until the next graph is launched.
     """
     for _ in range(_TRIES):
         memory = Memory(backend, kept)
         with witnessed(memory.see):
             graph, result = backend.capture(run, memory)
         alive = memory.alive()
-        if alive == kept:
+        if agreed(alive == kept):
             return Recording(graph, result, alive, list(memory.seen.values()))
         del graph, result
         kept = alive
@@ -133,6 +141,8 @@ class Cupy:
             )
         if from_environment().tune is not None:
             raise InputError("train.cuda_graphs = true: with HPCMP_GEMM_TUNE products are timed, which is not captured")
+        # NCCL registers what captured operations read and write, and may then take other algorithms, with other bits
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         self.cupy, self.cuda = cupy, cupy.cuda
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.outside = _Outside()
@@ -141,8 +151,7 @@ class Cupy:
     def capture(self, run: Callable[[], T], memory: Memory) -> tuple[Graph, T]:
         """See ``Backend``."""
         self.outside.stream, self.outside.allocate = self.cuda.get_current_stream(), self.cuda.get_allocator()
-        allocator = self.cuda.PythonFunctionAllocator(memory.malloc, memory.free)
-        with self.cuda.using_allocator(allocator.malloc), self.stream:
+        with self.cuda.using_allocator(partial(self._allocate, memory)), self.stream:
             self.stream.begin_capture()
             try:
                 result = run()
@@ -154,6 +163,11 @@ class Cupy:
                 raise
             graph: Graph = self.stream.end_capture()
         return graph, result
+
+    def _allocate(self, memory: Memory, size: int) -> Any:
+        at = memory.malloc(size) if size else 0
+        held = self.cuda.UnownedMemory(at, size, _Held(memory, at), self.cuda.Device().id)
+        return self.cuda.MemoryPointer(held, 0)
 
     def own(self, size: int) -> Any:
         """See ``Backend``."""
@@ -174,6 +188,17 @@ class Cupy:
         """See ``Backend``."""
         memory = self.cuda.UnownedMemory(x.data.ptr, x.nbytes, None, x.data.device_id)
         return self.cupy.ndarray(x.shape, x.dtype, self.cuda.MemoryPointer(memory, 0), x.strides)
+
+
+class _Held:
+    """An address that a capture's ``memory`` gets back when nobody holds this. CuPy's PythonFunctionAllocator would
+    call what Python's garbage collector may have taken apart before."""
+
+    def __init__(self, memory: Memory, at: int) -> None:
+        self.memory, self.at = memory, at
+
+    def __del__(self) -> None:
+        self.memory.free(self.at)
 
 
 class _Outside:

@@ -185,12 +185,13 @@ def _with_headers(file: str, seen: set[str]) -> str:
 
 
 #: ``Mask`` of common.cuh: its fields, and the dtype of an array that holds one.
-_FIELDS = struct.Struct("16qd4I")
+_FIELDS = struct.Struct("16qd2I")
 MASK = np.dtype([("mask", f"V{_FIELDS.size}")])
 
 
-def mask_arguments(mask: DropoutMask, rows: tuple[int, ...], xp: Any) -> tuple[Array, Array, Array, Array | None]:
-    """What a kernel is given of a mask whose rows have this shape, of at most three axes: a ``Mask``, i, j and extra.
+def mask_arguments(mask: DropoutMask, rows: tuple[int, ...], xp: Any) -> tuple[Array, ...]:
+    """What a kernel is given of a mask whose rows have this shape, of at most three axes: a ``Mask``, the key, i, j and
+    extra, which may be None.
 
     Raises ValueError for more than two runs of columns.
     """
@@ -207,11 +208,10 @@ def mask_arguments(mask: DropoutMask, rows: tuple[int, ...], xp: Any) -> tuple[A
         more[0].start if more else 0,
         first.stop - first.start,
         1 / (1 - mask.rate),
-        *mask.key,
         mask.threshold,
         0,
     )
-    return np.frombuffer(packed, MASK), indices[0], indices[1], indices[2]
+    return np.frombuffer(packed, MASK), xp.asarray(mask.key, dtype=np.int64), *indices
 
 
 def _strides(index: Array | None) -> tuple[int, ...]:

@@ -7,6 +7,16 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+#: The compute capability, as ``capability`` gives it, from which on GPUs multiply 8 bits (``multiply.scaled``).
+EIGHT_BITS = 89
+
+
+def capability() -> int:
+    """The compute capability of this process's GPU, ten times: 90 for 9.0."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability)
+
 
 class Library(NamedTuple):
     """version: "" if it cannot be loaded; why: what is then missing, in one line."""

@@ -165,13 +165,6 @@ def scaled(
     return launch is not None
 
 
-def multiplies_8_bits() -> bool:
-    """Whether the GPU has ``scaled``, given cuBLASLt: from compute capability 8.9 on."""
-    import cupy
-
-    return adds_biases() and int(cupy.cuda.Device().compute_capability) >= 89
-
-
 def adds_biases() -> bool:
     """Whether products add biases here, as cuBLASLt's do."""
     return planners()[0] is not _cublas

@@ -21,6 +21,7 @@ declare(
         "adam_update": _MASTERS,
         "sgd": _MASTERS,
         "nesterov": _MASTERS,
+        "descend": _MASTERS,
     },
 )
 
@@ -47,31 +48,30 @@ def adamw(
     if not _plain(data, grad, m, v, *([] if out is None else [out])):
         specification.adamw(data, grad, m, v, rate=rate, decay=decay, grad_scale=grad_scale, out=out, **settings)
         return
-    scale, factor = _scale(grad_scale)
-    numbers = *_adam(**settings, grad_scale=scale), float(rate), float(decay)
+    numbers = *_adam(**settings), *_number(grad_scale), float(rate), float(decay)
     types = data.dtype, data.dtype if out is None else out.dtype
-    launch("update", "adamw", types, _grid(data), (_THREADS,), data, grad, m, v, out, *numbers, factor, data.size)
+    launch("update", "adamw", types, _grid(data), (_THREADS,), data, grad, m, v, out, *numbers, data.size)
 
 
-def adam_update(grad: Array, m: Array, v: Array, **settings: Any) -> Array:
+def adam_update(grad: Array, m: Array, v: Array, *, grad_scale: float | Array, **settings: Any) -> Array:
     """See ``update.adam_update``."""
     if not _plain(grad, m, v):
-        return specification.adam_update(grad, m, v, **settings)
+        return specification.adam_update(grad, m, v, grad_scale=grad_scale, **settings)
     out = array_module(grad).empty(grad.shape, grad.dtype)
-    numbers = _adam(**settings)
+    numbers = *_adam(**settings), *_number(grad_scale)
     launch("update", "adam_update", (grad.dtype,), _grid(grad), (_THREADS,), grad, m, v, out, *numbers, grad.size)
     return out
 
 
-def _adam(*, step: int, betas: tuple[float, float], epsilon: float, grad_scale: float) -> tuple[float, ...]:
-    """b1, b2, 1 / (1 - b1^t), 1 / (1 - b2^t), epsilon and the scale of the gradient."""
+def _adam(*, step: int, betas: tuple[float, float], epsilon: float) -> tuple[float, ...]:
+    """b1, b2, 1 / (1 - b1^t), 1 / (1 - b2^t) and epsilon."""
     b1, b2 = betas
-    return b1, b2, 1 / (1 - b1**step), 1 / (1 - b2**step), float(epsilon), float(grad_scale)
+    return b1, b2, 1 / (1 - b1**step), 1 / (1 - b2**step), float(epsilon)
 
 
-def _scale(grad_scale: float | Array) -> tuple[float, Array | None]:
-    """The scale of the gradient as kernels take it: a number, or where it is."""
-    return (float(grad_scale), None) if isinstance(grad_scale, int | float) else (1.0, grad_scale)
+def _number(x: float | Array) -> tuple[float, Array | None]:
+    """A number as kernels take it: itself, or where it is."""
+    return (float(x), None) if isinstance(x, int | float) else (1.0, x)
 
 
 def sgd(
@@ -82,20 +82,29 @@ def sgd(
     if not _plain(data, grad, m):
         specification.sgd(data, grad, m, grad_scale=grad_scale, **numbers)
         return
-    scale = _scale(grad_scale)
+    scale = _number(grad_scale)
     launch(
         "update", "sgd", (data.dtype,), _grid(data), (_THREADS,), data, grad, m, *numbers.values(), *scale, data.size
     )
 
 
-def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float) -> Array:
+def nesterov(grad: Array, m: Array, *, momentum: float, grad_scale: float | Array) -> Array:
     """See ``update.nesterov``."""
     if not _plain(grad, m):
         return specification.nesterov(grad, m, momentum=momentum, grad_scale=grad_scale)
     out = array_module(grad).empty(grad.shape, grad.dtype)
-    numbers = momentum, float(grad_scale)
+    numbers = momentum, *_number(grad_scale)
     launch("update", "nesterov", (grad.dtype,), _grid(grad), (_THREADS,), grad, m, out, *numbers, grad.size)
     return out
+
+
+def descend(data: Array, direction: Array, *, rate: float | Array, decay: float) -> None:
+    """See ``update.descend``."""
+    if not _plain(data, direction):
+        specification.descend(data, direction, rate=rate, decay=decay)
+        return
+    numbers = *_number(rate), float(decay)
+    launch("update", "descend", (data.dtype,), _grid(data), (_THREADS,), data, direction, *numbers, data.size)
 
 
 def _grid(x: Array) -> tuple[int]:

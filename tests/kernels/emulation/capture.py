@@ -23,46 +23,9 @@ from hpcmp.kernels.cuda import launch, multiply
 from hpcmp.kernels.cuda.graphs import Memory
 from tests.kernels.cublaslt import CublasLt, make_lt
 from tests.kernels.emulation.backend import FILL, Emulation
+from tests.kernels.emulation.pool import Freed, Pool
 
 Plain = np.ndarray[Any, Any]
-
-
-class Block:
-    """Some bytes of a pool, until nobody holds this."""
-
-    def __init__(self, pool: Pool, bytes: Plain) -> None:
-        self.pool, self.bytes, self.ptr = pool, bytes, bytes.ctypes.data
-
-    def __del__(self, fill: int = FILL) -> None:  # at Python's end there are no globals
-        self.bytes[:] = fill
-        self.pool.free.setdefault(self.bytes.size, []).append(self.bytes)
-
-
-class Pool:
-    """Memory by its size, what was freed last first."""
-
-    def __init__(self) -> None:
-        self.free: dict[int, list[Plain]] = {}
-        self.all: list[Plain] = []
-
-    def __call__(self, size: int) -> Block:
-        size = -(-size // 512) * 512
-        if not self.free.get(size):
-            made = np.full(size + 512, FILL, np.uint8)
-            start = -made.ctypes.data % 512
-            self.free.setdefault(size, []).append(made[start : start + size])
-            self.all.append(made[start : start + size])
-        return Block(self, self.free[size].pop())
-
-
-class Freed:
-    """Tells a capture's memory when an array is gone."""
-
-    def __init__(self, memory: Memory, at: int) -> None:
-        self.memory, self.at = memory, at
-
-    def __del__(self) -> None:
-        self.memory.free(self.at)
 
 
 class OnDevice(Plain):
@@ -126,9 +89,9 @@ class Reference:
             self.root = weakref.ref(root)
 
     def __call__(self) -> Plain:
-        assert self.root is None or self.root() is not None, "an array that a graph reads or writes is gone"
         if 0 in self.shape:
             return np.ndarray(self.shape, self.dtype)
+        assert self.root is None or self.root() is not None, "an array that a graph reads or writes is gone"
         first = np.ndarray((1,), self.dtype, (ctypes.c_char * self.dtype.itemsize).from_address(self.at))
         return np.lib.stride_tricks.as_strided(first, self.shape, self.strides)
 
@@ -141,6 +104,7 @@ class Device:
         self.work: list[tuple[Callable[..., Any], list[Any]]] | None = None
         self.memory: Memory | None = None
         self.known: dict[int, weakref.ref[Plain]] = {}  # arrays of the host's that stand for some of the device
+        self.joined: list[Any] = []  # streams that are part of the capture
         self.graphs = self.launches = self.captures = 0
 
     def capture(self, run: Callable[[], Any], memory: Memory) -> tuple[Graph, Any]:
@@ -149,9 +113,12 @@ class Device:
         self.captures += 1
         try:
             result = run()
+            left = [stream.left() for stream in self.joined]
+            assert all(left), "a capture ends before its streams have come together"
             return Graph(self, self.work), result
         finally:
             self.work = self.memory = None
+            self.joined.clear()
 
     def copy(self, target: Plain, x: Plain) -> None:
         assert self.work is None and target.shape == x.shape and target.dtype == x.dtype
@@ -212,13 +179,21 @@ class Device:
         return np.ndarray.reshape(root.view(dtype), shape)
 
     def zeros(self, shape: Any, dtype: Any = float, *args: Any, **settings: Any) -> Plain:
-        """In the place of ``numpy.zeros``."""
+        """In the place of ``numpy.zeros``; structs, which launches are given by value, stay on the host."""
+        if np.dtype(dtype).names:
+            return np.frombuffer(bytearray(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
         found = self.empty(shape, dtype)
         self.run(lambda x: x.fill(0), (found,))
         return found
 
+    def asarray(self, x: Any, dtype: Any = None, **settings: Any) -> Any:
+        """In the place of ``numpy.asarray``, which makes an array of NumPy's own of one on the device."""
+        if not isinstance(x, OnDevice):
+            return np.array(x, dtype, copy=None, **settings)
+        return x.astype(dtype, copy=False) if dtype is not None else x
+
     def ascontiguousarray(self, x: Any, dtype: Any = None) -> Any:
-        """In the place of ``numpy.ascontiguousarray``, which makes an array of NumPy's own of one on the device."""
+        """In the place of ``numpy.ascontiguousarray``, likewise."""
         if not isinstance(x, OnDevice):
             return np.array(x, dtype, order="C", copy=None, ndmin=1)
         if x.flags.c_contiguous and dtype in (None, x.dtype):
@@ -291,7 +266,7 @@ def on_device() -> Iterator[Device]:
         undo.enter_context(launch.running_on(Kernels()))
         products = {"planners": lambda: (lt.plan,), "address": lambda x: x.ctypes.data, "_plans": {}}
         undo.enter_context(mock.patch.multiple(multiply, **products))
-        for name in ("empty", "zeros", "ascontiguousarray"):
+        for name in ("empty", "zeros", "asarray", "ascontiguousarray"):
             undo.enter_context(mock.patch.object(np, name, getattr(DEVICE, name)))
         undo.enter_context(mock.patch.object(kernels, "of", of))
         undo.enter_context(mock.patch.object(captured, "Cupy", lambda: DEVICE))

@@ -3,8 +3,12 @@
 // Dao, "FlashAttention-2", 2023, algorithms 1 and 2, without atomics: the gradient of the queries has a kernel of its own,
 // and that of the keys and values sums over the query heads of its group, and their queries, in order. So the bits are the
 // same in every run. Exponentials are of base 2.
+//
+// first_key, if not null, has of each sample and query, (batch, s), the first key that it sees; it does not fall from a
+// query to the next, so that tiles of keys and queries that do not see each other are left out.
 
 #include "attention_mma.cuh"
+#include "attention_seen.cuh"
 
 // By attention.py. Strides, in numbers: of a position, a sample and a head; o, dq and dkv are contiguous, and so are lse
 // and delta, of (batch, heads, s).
@@ -43,14 +47,6 @@ template <class T> __device__ inline T* at(T* x, const int64 (&strides)[3], int6
     return x + sample * strides[1] + head * strides[2];
 }
 
-// A row of the mask, whose rows are (sample, head, query).
-__device__ inline MaskRow drawn_row(const Mask& m, const int64* i, const int64* j, const int64* extra, int64 sample,
-                                    int64 head, int64 query) {
-    const auto place = [&](const int64 (&strides)[3]) { return sample * strides[0] + head * strides[1] + query * strides[2]; };
-    return {unsigned(i[place(m.strides_i)]), unsigned(j[place(m.strides_j)]),
-            unsigned(extra ? extra[place(m.strides_extra)] : m.extra)};
-}
-
 // Which rows of the grid's first axis a block has: where a query sees the keys up to its own, the longest begin first.
 __device__ inline int first_row(int rows, bool last_first) {
     return (last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * rows;
@@ -60,19 +56,22 @@ __device__ inline int first_row(int rows, bool last_first) {
     using E = typename EngineOf<T, D, ROWS, MEMBERS, COLUMNS>::type;                                \
     using A = Wide<T>;                                                                              \
     const int s = p.s, t = p.t, d = p.d, shared_by = p.heads / p.groups;                            \
-    const int64 sample = blockIdx.z;
+    const int64 sample = blockIdx.z;                                                                \
+    const MaskKey key(mask_key);                                                                    \
+    if (first_key) first_key += sample * s;
 
 // o and lse. Grid: blocks of queries, heads, samples.
 template <class T, int D, int ROWS, int MEMBERS, int COLUMNS>
 __global__ void __launch_bounds__(128)
-    attention_forward(Problem p, const T* q, const T* k, const T* v, T* o, Wide<T>* lse, double scale, Mask mask,
-                      const int64* mask_i, const int64* mask_j, const int64* mask_extra) {
+    attention_forward(Problem p, const T* q, const T* k, const T* v, T* o, Wide<T>* lse, const int* first_key,
+                      double scale, Mask mask, const int64* mask_key, const int64* mask_i, const int64* mask_j,
+                      const int64* mask_extra) {
     ATTENTION
     T* const queries = reinterpret_cast<T*>(dynamic_shared);
     T* const keys = queries + E::BLOCK_ROWS * E::STEP;
     T* const values = keys + COLUMNS * E::STEP;
     const int head = blockIdx.y, first = first_row(E::BLOCK_ROWS, p.causal);
-    const int end = p.causal ? min(t, first + E::BLOCK_ROWS) : t;
+    const int end = p.causal ? min(t, first + E::BLOCK_ROWS) : t, start = first_tile(first_key, first, t, COLUMNS);
     const int64 row0 = (sample * p.heads + head) * s;
     const A factor = A(scale * LOG2E);
     k = at(k, p.kv, sample, head / shared_by), v = at(v, p.kv, sample, head / shared_by);
@@ -86,19 +85,20 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
         for (int j = 0; j < E::W; j++) out[i][j] = 0;
     }
-    load_columns<E, D>(keys, k, p.kv[0], 0, t, d);
-    for (int begin = 0; begin < end; begin += COLUMNS) {
+    load_columns<E, D>(keys, k, p.kv[0], start, t, d);
+    for (int begin = start; begin < end; begin += COLUMNS) {
         copies_done();
         load_columns<E, D>(values, v, p.kv[0], begin, t, d);
         typename E::Product x;
         E::dot(x, queries, keys, d);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int seen = p.causal ? min(t, first + E::row(i) + 1) : t;
+            const int query = min(first + E::row(i), s - 1);
+            const Seen seen = seen_by(first_key, query, p.causal ? query + 1 : t);
             A most = top[i];
 #pragma unroll
             for (int j = 0; j < E::C; j++) {
-                x[i][j] = begin + E::column(j) < seen ? x[i][j] * factor : A(LEAST);
+                x[i][j] = seen.has(begin + E::column(j)) ? x[i][j] * factor : A(LEAST);
                 most = Max::of(most, x[i][j]);
             }
             most = E::template reduce<Max>(most);
@@ -111,12 +111,11 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
             for (int j = 0; j < E::W; j++) out[i][j] *= shrink;
             if (!p.dropped) continue;
-            const int query = min(first + E::row(i), s - 1);
             const MaskRow drawn = drawn_row(mask, mask_i, mask_j, mask_extra, sample, head, query);
 #pragma unroll
             for (int j = 0; j < E::C; j += E::RUN) {
                 unsigned words[E::RUN];
-                mask_words(words, mask, drawn, begin + E::column(j));
+                mask_words(words, mask, key, drawn, begin + E::column(j));
 #pragma unroll
                 for (int run = 0; run < E::RUN; run++)
                     if (words[run] < mask.threshold) x[i][j + run] = 0;
@@ -126,11 +125,13 @@ __global__ void __launch_bounds__(128)
         if (begin + COLUMNS < end) load_columns<E, D>(keys, k, p.kv[0], begin + COLUMNS, t, d);
         E::accumulate(out, x, values, d);
     }
+    wait_for_copies();  // of a block whose queries see no key
     A scaled[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int row = first + E::row(i);
-        scaled[i] = (p.dropped ? A(mask.factor) : A(1)) / total[i];
+        if (top[i] <= A(LEAST)) total[i] = 0;  // it sees no key: what stands there are keys that are not seen
+        scaled[i] = total[i] == 0 ? A(0) : (p.dropped ? A(mask.factor) : A(1)) / total[i];
         if (row < s && E::member() == 0) lse[row0 + row] = (top[i] + logarithm(total[i])) * A(LN2);
     }
     const int64 step = p.batch * p.heads * d;
@@ -161,15 +162,16 @@ __global__ void __launch_bounds__(256) attention_delta(Problem p, const T* d_o, 
 template <class T, int D, int ROWS, int MEMBERS, int COLUMNS>
 __global__ void __launch_bounds__(128)
     attention_backward_queries(Problem p, const T* q, const T* k, const T* v, const T* d_o, const Wide<T>* lse,
-                               const Wide<T>* delta, T* dq, double scale, Mask mask, const int64* mask_i,
-                               const int64* mask_j, const int64* mask_extra) {
+                               const Wide<T>* delta, T* dq, const int* first_key, double scale, Mask mask,
+                               const int64* mask_key, const int64* mask_i, const int64* mask_j,
+                               const int64* mask_extra) {
     ATTENTION
     T* const queries = reinterpret_cast<T*>(dynamic_shared);
     T* const gradients = queries + E::BLOCK_ROWS * E::STEP;
     T* const keys = gradients + E::BLOCK_ROWS * E::STEP;
     T* const values = keys + COLUMNS * E::STEP;
     const int head = blockIdx.y, first = first_row(E::BLOCK_ROWS, p.causal);
-    const int end = p.causal ? min(t, first + E::BLOCK_ROWS) : t;
+    const int end = p.causal ? min(t, first + E::BLOCK_ROWS) : t, start = first_tile(first_key, first, t, COLUMNS);
     const int64 row0 = (sample * p.heads + head) * s;
     const A factor = A(scale * LOG2E), keep = p.dropped ? A(mask.factor) : A(1);
     k = at(k, p.kv, sample, head / shared_by), v = at(v, p.kv, sample, head / shared_by);
@@ -185,8 +187,8 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
         for (int j = 0; j < E::W; j++) out[i][j] = 0;
     }
-    load_columns<E, D>(values, v, p.kv[0], 0, t, d);
-    for (int begin = 0; begin < end; begin += COLUMNS) {
+    load_columns<E, D>(values, v, p.kv[0], start, t, d);
+    for (int begin = start; begin < end; begin += COLUMNS) {
         copies_done();
         load_columns<E, D>(keys, k, p.kv[0], begin, t, d);
         typename E::Product x, dx;
@@ -196,16 +198,17 @@ __global__ void __launch_bounds__(128)
         E::dot(x, queries, keys, d);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int seen = p.causal ? min(t, first + E::row(i) + 1) : t, query = min(first + E::row(i), s - 1);
+            const int query = min(first + E::row(i), s - 1);
+            const Seen seen = seen_by(first_key, query, p.causal ? query + 1 : t);
             MaskRow drawn;
             if (p.dropped) drawn = drawn_row(mask, mask_i, mask_j, mask_extra, sample, head, query);
 #pragma unroll
             for (int j = 0; j < E::C; j += E::RUN) {
                 unsigned words[E::RUN];
-                if (p.dropped) mask_words(words, mask, drawn, begin + E::column(j));
+                if (p.dropped) mask_words(words, mask, key, drawn, begin + E::column(j));
 #pragma unroll
                 for (int run = 0; run < E::RUN; run++) {
-                    const A weight = begin + E::column(j + run) < seen ? power(x[i][j + run] * factor - level[i]) : A(0);
+                    const A weight = seen.has(begin + E::column(j + run)) ? power(x[i][j + run] * factor - level[i]) : A(0);
                     const A kept = p.dropped && words[run] < mask.threshold ? A(0) : keep;
                     x[i][j + run] = weight * (dx[i][j + run] * kept - mean[i]);
                 }
@@ -213,6 +216,7 @@ __global__ void __launch_bounds__(128)
         }
         E::accumulate(out, x, keys, d);
     }
+    wait_for_copies();
     A scaled[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) scaled[i] = A(scale);
@@ -224,8 +228,9 @@ __global__ void __launch_bounds__(128)
 template <class T, int D, int ROWS, int MEMBERS, int COLUMNS>
 __global__ void __launch_bounds__(128)
     attention_backward_keys(Problem p, const T* q, const T* k, const T* v, const T* d_o, const Wide<T>* lse,
-                            const Wide<T>* delta, T* dkv, double scale, Mask mask, const int64* mask_i,
-                            const int64* mask_j, const int64* mask_extra) {
+                            const Wide<T>* delta, T* dkv, const int* first_key, double scale, Mask mask,
+                            const int64* mask_key, const int64* mask_i, const int64* mask_j,
+                            const int64* mask_extra) {
     ATTENTION
     constexpr int RUN = ROWS < 4 ? ROWS : 4;  // keys of a thread that follow each other
     T* const keys = reinterpret_cast<T*>(dynamic_shared);
@@ -233,6 +238,8 @@ __global__ void __launch_bounds__(128)
     T* const queries = values + E::BLOCK_ROWS * E::STEP;
     T* const gradients = queries + COLUMNS * E::STEP;
     const int group = blockIdx.y, first = first_row(E::BLOCK_ROWS, false);
+    const int start = p.causal ? first / COLUMNS * COLUMNS : 0;
+    const int end = queries_before(first_key, s, min(t, first + E::BLOCK_ROWS));
     const A factor = A(scale * LOG2E), keep = p.dropped ? A(mask.factor) : A(1);
     load_rows<E, D>(keys, at(k, p.kv, sample, group), p.kv[0], first, t, d);
     load_rows<E, D>(values, at(v, p.kv, sample, group), p.kv[0], first, t, d);
@@ -246,9 +253,8 @@ __global__ void __launch_bounds__(128)
         const int64 row0 = (sample * p.heads + head) * s;
         const T* q_head = at(q, p.q, sample, head);
         const T* d_o_head = at(d_o, p.d_o, sample, head);
-        const int start = p.causal ? first / COLUMNS * COLUMNS : 0;
-        load_columns<E, D>(gradients, d_o_head, p.d_o[0], start, s, d);
-        for (int begin = start; begin < s; begin += COLUMNS) {
+        if (start < end) load_columns<E, D>(gradients, d_o_head, p.d_o[0], start, s, d);
+        for (int begin = start; begin < end; begin += COLUMNS) {
             copies_done();
             load_columns<E, D>(queries, q_head, p.q[0], begin, s, d);
             typename E::Product x, dx;
@@ -259,16 +265,16 @@ __global__ void __launch_bounds__(128)
             for (int j = 0; j < E::C; j++) {
                 const int column = begin + E::column(j), query = min(column, s - 1);
                 const A level = lse[row0 + query] * A(LOG2E), mean = delta[row0 + query];
-                const int seen = column < s ? p.causal ? query + 1 : t : 0;
+                const Seen seen = seen_by(first_key, query, column < s ? p.causal ? query + 1 : t : 0);
                 MaskRow drawn;
                 if (p.dropped) drawn = drawn_row(mask, mask_i, mask_j, mask_extra, sample, head, query);
 #pragma unroll
                 for (int i = 0; i < ROWS; i += RUN) {
                     unsigned words[RUN];
-                    if (p.dropped) mask_words(words, mask, drawn, first + E::row(i));
+                    if (p.dropped) mask_words(words, mask, key, drawn, first + E::row(i));
 #pragma unroll
                     for (int run = 0; run < RUN; run++) {
-                        const A weight = first + E::row(i + run) < seen ? power(x[i + run][j] * factor - level) : A(0);
+                        const A weight = seen.has(first + E::row(i + run)) ? power(x[i + run][j] * factor - level) : A(0);
                         const A kept = p.dropped && words[run] < mask.threshold ? A(0) : keep;
                         x[i + run][j] = weight * kept;
                         dx[i + run][j] = weight * (dx[i + run][j] * kept - mean);
@@ -277,10 +283,11 @@ __global__ void __launch_bounds__(128)
             }
             E::accumulate(dv, x, gradients, d);
             __syncthreads();
-            if (begin + COLUMNS < s) load_columns<E, D>(gradients, d_o_head, p.d_o[0], begin + COLUMNS, s, d);
+            if (begin + COLUMNS < end) load_columns<E, D>(gradients, d_o_head, p.d_o[0], begin + COLUMNS, s, d);
             E::accumulate(dk, dx, queries, d);
         }
     }
+    wait_for_copies();
     A scaled[ROWS], same[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) scaled[i] = A(scale), same[i] = 1;

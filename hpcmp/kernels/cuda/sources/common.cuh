@@ -143,15 +143,23 @@ __device__ inline uint4 philox(uint4 counter, unsigned key0, unsigned key1) {
     return counter;
 }
 
-// A DropoutMask of fewer than 2^32 rows, made by launch.mask_arguments, which also gives the arrays i, j and extra (null:
-// no such index).
+// A DropoutMask of fewer than 2^32 rows, made by launch.mask_arguments, which also gives the two words of its key, and the
+// arrays i, j and extra (null: no such index).
 struct Mask {
     int64 rows[3];                              // the shape of the mask's rows
     int64 strides_i[3], strides_j[3], strides_extra[3];
     int64 extra;                                // that of every row, where there is no array of it
     int64 start[2], first;                      // the columns: `first` from start[0] on, the others from start[1] on
     double factor;                              // 1 / (1 - rate)
-    unsigned key0, key1, threshold, unused;
+    unsigned threshold, unused;
+};
+
+struct MaskKey {
+    unsigned words[2];
+
+    __device__ inline MaskKey(const int64* key) : words{} {  // null: there is no mask
+        if (key) words[0] = unsigned(key[0]), words[1] = unsigned(key[1]);
+    }
 };
 
 struct MaskRow {
@@ -168,12 +176,13 @@ __device__ inline MaskRow mask_row(const Mask& m, const int64* i, const int64* j
 
 // The words of N columns of a row from `column` (counted over the runs) on: with N a multiple of 4 one draw gives four
 // of them, if they lie in one run and begin where a counter does.
-template <int N> __device__ inline void mask_words(unsigned (&words)[N], const Mask& m, MaskRow row, int64 column) {
+template <int N>
+__device__ inline void mask_words(unsigned (&words)[N], const Mask& m, MaskKey key, MaskRow row, int64 column) {
     const int64 place = column < m.first ? m.start[0] + column : m.start[1] + column - m.first;
     if (N % 4 == 0 && place % 4 == 0 && (column >= m.first || column + N <= m.first)) {
 #pragma unroll
         for (int k = 0; k + 3 < N; k += 4) {
-            const uint4 four = philox(make_uint4(row.i, row.j, unsigned(place / 4 + k / 4), row.extra), m.key0, m.key1);
+            const uint4 four = philox(make_uint4(row.i, row.j, unsigned(place / 4 + k / 4), row.extra), key.words[0], key.words[1]);
             words[k] = four.x, words[k + 1] = four.y, words[k + 2] = four.z, words[k + 3] = four.w;
         }
         return;
@@ -181,7 +190,7 @@ template <int N> __device__ inline void mask_words(unsigned (&words)[N], const M
 #pragma unroll
     for (int k = 0; k < N; k++) {
         const int64 c = column + k, at = c < m.first ? m.start[0] + c : m.start[1] + c - m.first;
-        const uint4 four = philox(make_uint4(row.i, row.j, unsigned(at / 4), row.extra), m.key0, m.key1);
+        const uint4 four = philox(make_uint4(row.i, row.j, unsigned(at / 4), row.extra), key.words[0], key.words[1]);
         words[k] = at % 4 == 0 ? four.x : at % 4 == 1 ? four.y : at % 4 == 2 ? four.z : four.w;
     }
 }

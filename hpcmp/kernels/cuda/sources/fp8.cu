@@ -75,21 +75,22 @@ __global__ void __launch_bounds__(THREADS) amax(const T* x, float* largest, cons
 }
 
 // rows (m, n) and columns (n, m): the codes of x (m, n) and of its transpose; either may be null. A block has a tile,
-// and its first thread also writes 1 / scale. record, unless it is null, takes part in `amax`.
+// and its first thread also writes 1 / scale. record, unless it is null, takes part in `amax`; sums, unless it is null,
+// gets a row of sums of each row of tiles.
 //
 // A thread turns packs of four rows into words of four codes that lie below each other. Word g of a tile's column c is at
 // place (g + c / N * N / 4) % 32 of it: the 32 words that a warp writes, of neighbouring packs, are in 32 banks, as are
 // those of one column, which it then reads.
-template <class T, int M> __global__ void __launch_bounds__(THREADS) quantise(
+template <class T, int M> __global__ void __launch_bounds__(THREADS, 4) quantise(
     const T* x, const float* largest, unsigned char* rows, unsigned char* columns, float* inverse, float* record,
-    int64 m, int64 n
+    float* sums, int64 m, int64 n
 ) {
     constexpr int N = LANES<T>, PACKS = SIDE / N;
     __shared__ unsigned turned[SIDE][SIDE / 4];
     const float scale = scale_for<M>(*largest);
     const int64 across = (n + SIDE - 1) / SIDE, top = blockIdx.x / across * SIDE, left = blockIdx.x % across * SIDE;
     const bool whole = aligned<N>(x, n), whole_rows = aligned<N>(rows, n), whole_columns = aligned<4>(columns, m);
-    float most = 0;
+    float most = 0, total[N] = {};  // total: of the thread's columns, for it has the same of every piece
     for (int piece = threadIdx.x; piece < SIDE / 4 * PACKS; piece += THREADS) {
         const int group = piece / PACKS, pack = piece % PACKS;
         const int64 row = top + 4 * group, column = left + pack * N;
@@ -111,6 +112,8 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS) quantise(
                 codes[r].at[k + 1] = finite(b) ? two >> 8 : 0x7f;
                 if (finite(a)) most = Max::of(most, fabsf(a));
                 if (finite(b)) most = Max::of(most, fabsf(b));
+                total[k] += a;
+                total[k + 1] += b;
             }
             if (rows && row + r < m) store(rows + (row + r) * n, column, n, whole_rows && inside, codes[r]);
         }
@@ -132,6 +135,21 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS) quantise(
                 for (int r = 0; r < 4 && row + r < m; r++) column[row + r] = word >> 8 * r;
         }
     }
+    if (sums) {
+        constexpr int PARTS = THREADS / PACKS;
+        float (&parts)[PARTS][SIDE] = reinterpret_cast<float (&)[PARTS][SIDE]>(turned);
+        static_assert(sizeof(parts) <= sizeof(turned));
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < N; k++) parts[threadIdx.x / PACKS][threadIdx.x % PACKS * N + k] = total[k];
+        __syncthreads();
+        if (threadIdx.x < SIDE && left + threadIdx.x < n) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) sum += parts[i][threadIdx.x];
+            sums[top / SIDE * n + left + threadIdx.x] = sum;
+        }
+    }
     if (record) {
         most = row_max(most);
         if (threadIdx.x == 0) atomicMax(reinterpret_cast<int*>(record), __float_as_int(most));
@@ -143,7 +161,7 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS) quantise(
 template <class T, int M>
 __global__ void __launch_bounds__(THREADS) dequantise(const unsigned char* codes, const float* inverse, T* y, int64 n) {
     constexpr int N = LANES<T>;
-    const float unit = __uint_as_float(unsigned(254 - BIAS<M>) << 23), scale = *inverse;  // 2^(127 - bias)
+    const float smallest = __uint_as_float(unsigned(128 - BIAS<M> - M) << 23), scale = *inverse;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
     const bool inside = at + N <= n;
     const Pack<unsigned char, N> pack = load<unsigned char, N>(codes, at, n, aligned<N>(codes) && inside);
@@ -151,7 +169,9 @@ __global__ void __launch_bounds__(THREADS) dequantise(const unsigned char* codes
 #pragma unroll
     for (int k = 0; k < N; k++) {
         const unsigned size = pack.at[k] & 0x7f;
-        float value = __uint_as_float(size << (23 - M)) * unit * scale;
+        // Nowhere a float that is subnormal: CuPy has them read as zero (-ftz=true).
+        float value = size >> M ? __uint_as_float((size << (23 - M)) + (unsigned(127 - BIAS<M>) << 23)) : size * smallest;
+        value *= scale;
         if (size > (M == 3 ? 0x7e : 0x7c)) value = __uint_as_float(0x7fc00000);
         else if (M == 2 && size == 0x7c) value = __uint_as_float(0x7f800000);
         made.at[k] = narrow<T>(pack.at[k] & 0x80 ? -value : value);

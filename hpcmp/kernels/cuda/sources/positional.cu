@@ -5,8 +5,8 @@
 // y = x keep / (1 - rate), added to `onto` unless that is null; x (rows, n), the mask drawn here.
 template <class T>
 __global__ void __launch_bounds__(256) dropout(
-    const T* x, const T* onto, T* y, Mask mask, const int64* i, const int64* j, const int64* extra, int64 rows, int64 n,
-    unsigned chunks
+    const T* x, const T* onto, T* y, Mask mask, const int64* key, const int64* i, const int64* j, const int64* extra,
+    int64 rows, int64 n, unsigned chunks
 ) {
     constexpr int N = LANES<T>;
     using W = Wide<T>;
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(256) dropout(
     Pack<T> before, made = load(x + from, tile.begin, n, whole);
     if (onto) before = load(onto + from, tile.begin, n, whole);
     unsigned words[N];
-    mask_words(words, mask, mask_row(mask, i, j, extra, tile.row), tile.begin);
+    mask_words(words, mask, MaskKey(key), mask_row(mask, i, j, extra, tile.row), tile.begin);
     const W factor = W(mask.factor);
 #pragma unroll
     for (int k = 0; k < N; k++) {

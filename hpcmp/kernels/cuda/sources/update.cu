@@ -1,4 +1,5 @@
-// Optimizers' steps over flat arrays: a thread moves one pack of each.
+// Optimizers' steps over flat arrays: a thread moves one pack of each. The gradient is multiplied by `scale` or, unless it
+// is null, by `*factor`: by NaN, and nothing changes.
 
 #include "common.cuh"
 
@@ -27,12 +28,11 @@ template <class W> struct Adam {
     }
 };
 
-// AdamW; `out` gets the new weights too, rounded, unless it is null. r1 and r2: 1 / (1 - b^t). The gradient is multiplied
-// by `scale`, or unless it is null by `*factor`; by NaN: nothing changes.
+// AdamW; `out` gets the new weights too, rounded, unless it is null. r1 and r2: 1 / (1 - b^t).
 template <class W, class T>
 __global__ void __launch_bounds__(THREADS) adamw(
     W* data, const W* grad, W* m, W* v, T* out, double b1, double b2, double r1, double r2, double epsilon, double scale,
-    double rate, double decay, const double* factor, int64 n
+    const double* factor, double rate, double decay, int64 n
 ) {
     constexpr int N = LANES<W>;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
@@ -55,16 +55,19 @@ __global__ void __launch_bounds__(THREADS) adamw(
     if (out) store<T, N>(out, at, n, whole, rounded);
 }
 
+// direction: zero where nothing changes.
 template <class W>
 __global__ void __launch_bounds__(THREADS) adam_update(
     const W* grad, W* m, W* v, W* direction, double b1, double b2, double r1, double r2, double epsilon, double scale,
-    int64 n
+    const double* factor, int64 n
 ) {
     constexpr int N = LANES<W>;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
+    if (factor) scale = *factor;
     if (at >= n) return;
-    const Adam<W> adam(b1, b2, r1, r2, epsilon, scale);
     const bool whole = at + N <= n && aligned<N>(grad) && aligned<N>(m) && aligned<N>(v) && aligned<N>(direction);
+    if (scale != scale) return store(direction, at, n, whole, Pack<W>{});
+    const Adam<W> adam(b1, b2, r1, r2, epsilon, scale);
     Pack<W> first = load(m, at, n, whole), second = load(v, at, n, whole), made = load(grad, at, n, whole);
 #pragma unroll
     for (int k = 0; k < N; k++) made.at[k] = adam(made.at[k], first.at[k], second.at[k]);
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(THREADS) adam_update(
     store(v, at, n, whole, second);
 }
 
-// m <- momentum m + g; data <- data - rate (m + decay data). scale, factor: as for AdamW.
+// m <- momentum m + g; data <- data - rate (m + decay data).
 template <class W>
 __global__ void __launch_bounds__(THREADS) sgd(
     W* data, const W* grad, W* m, double rate, double momentum, double decay, double scale,
@@ -95,15 +98,17 @@ __global__ void __launch_bounds__(THREADS) sgd(
     store(m, at, n, whole, mean);
 }
 
-// m <- momentum m + g; ahead = g + momentum m.
+// m <- momentum m + g; ahead = g + momentum m, or zero where nothing changes.
 template <class W>
 __global__ void __launch_bounds__(THREADS) nesterov(
-    const W* grad, W* m, W* ahead, double momentum, double scale, int64 n
+    const W* grad, W* m, W* ahead, double momentum, double scale, const double* factor, int64 n
 ) {
     constexpr int N = LANES<W>;
     const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
+    if (factor) scale = *factor;
     if (at >= n) return;
     const bool whole = at + N <= n && aligned<N>(grad) && aligned<N>(m) && aligned<N>(ahead);
+    if (scale != scale) return store(ahead, at, n, whole, Pack<W>{});
     Pack<W> made = load(grad, at, n, whole), mean = load(m, at, n, whole);
 #pragma unroll
     for (int k = 0; k < N; k++) {
@@ -113,4 +118,21 @@ __global__ void __launch_bounds__(THREADS) nesterov(
     }
     store(m, at, n, whole, mean);
     store(ahead, at, n, whole, made);
+}
+
+// data <- data - rate (direction + decay data); rate: `number` or, unless it is null, `*where`. NaN: nothing changes.
+template <class W>
+__global__ void __launch_bounds__(THREADS) descend(
+    W* data, const W* direction, double number, const double* where, double decay, int64 n
+) {
+    constexpr int N = LANES<W>;
+    const int64 at = (int64(blockIdx.x) * THREADS + threadIdx.x) * N;
+    const double rate = where ? *where : number;
+    if (at >= n || rate != rate) return;
+    const bool whole = at + N <= n && aligned<N>(data) && aligned<N>(direction);
+    Pack<W> weight = load(data, at, n, whole);
+    const Pack<W> along = load(direction, at, n, whole);
+#pragma unroll
+    for (int k = 0; k < N; k++) weight.at[k] -= W(rate) * (along.at[k] + W(decay) * weight.at[k]);
+    store(data, at, n, whole, weight);
 }
