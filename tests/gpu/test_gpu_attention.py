@@ -106,21 +106,6 @@ def test_documents_are_made_by_cudnn(name: str, monkeypatch: pytest.MonkeyPatch,
     )
 
 
-def test_the_bits_with_documents_are_the_same_in_every_run(way: str) -> None:
-    def run() -> list[Array]:
-        draw = np.random.default_rng(0)
-        q, do = (put(draw.normal(size=(700, 2, 8, 128)).astype(dtype_of("bfloat16"))) for _ in range(2))
-        kv = put(draw.normal(size=(700, 2, 2, 2, 128)).astype(dtype_of("bfloat16")))
-        first = first_of(documents((200, 333, 700), (1, 2, 700)))
-        o, lse = cuda.attention(q, kv, SCALE, first=first)
-        return [to_host(x) for x in (o, lse, *cuda.attention_backward(do, q, kv, o, lse, SCALE, first=first))]
-
-    first = run()
-    for _ in range(4):
-        for here, there in zip(run(), first, strict=True):
-            np.testing.assert_array_equal(here, there)
-
-
 def test_short_documents_take_less_time(way: str) -> None:
     """Of 8192 positions, 64 documents: less than half of one document's time, forward and backward."""
     import cupy
@@ -150,17 +135,19 @@ def test_packed_arrays(way: str) -> None:
     close(to_host(cuda.attention(q, kv, SCALE)[0]), case.expected[0], case.tolerance)
 
 
-def test_the_bits_are_the_same_in_every_run(way: str) -> None:
+@pytest.mark.parametrize("apart", [None, documents((200, 333, 700), (1, 2, 700))], ids=["joined", "apart"])
+def test_the_bits_are_the_same_in_every_run(way: str, apart: First | None) -> None:
     def run() -> list[Array]:
         draw = np.random.default_rng(0)
         q, do = (put(draw.normal(size=(700, 2, 8, 128)).astype(dtype_of("bfloat16"))) for _ in range(2))
         kv = put(draw.normal(size=(700, 2, 2, 2, 128)).astype(dtype_of("bfloat16")))
-        o, lse = cuda.attention(q, kv, SCALE)
-        return [to_host(x) for x in (o, lse, *cuda.attention_backward(do, q, kv, o, lse, SCALE))]
+        first = first_of(apart)
+        o, lse = cuda.attention(q, kv, SCALE, first=first)
+        return [to_host(x) for x in (o, lse, *cuda.attention_backward(do, q, kv, o, lse, SCALE, first=first))]
 
-    first = run()
+    before = run()
     for _ in range(4):
-        for here, there in zip(run(), first, strict=True):
+        for here, there in zip(run(), before, strict=True):
             np.testing.assert_array_equal(here, there)
 
 
