@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ class First:
         """From an array on the host, for arrays of the module ``xp``."""
         host = np.ascontiguousarray(host, np.int32)
         return cls(host if xp is np else xp.asarray(host), host)
+
+    @functools.cached_property
+    def everything(self) -> bool:
+        """Whether every query sees the first key, and so none is left out. Asked by every layer."""
+        return not self.host.any()
 
     def any(self, keys: int) -> bool:
         """Whether any query sees any of a block of so many keys."""

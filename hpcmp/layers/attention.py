@@ -101,8 +101,8 @@ class CausalAttention(Module):
         place = self.cursor.place
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
-            first = place.documents.blocks[peer] if place.documents else None
-            if not (causal or first is None or first.any(len(block[keys]))):
+            first, seen = self._first(place, peer, len(block[keys]))
+            if not seen:
                 continue
             part, row = self._forward(q[queries], block[keys], causal, self._mask(place, peer, q), first)
             if causal:  # this rank's own block, which comes first
@@ -118,8 +118,7 @@ class CausalAttention(Module):
         carried = None  # the gradient of the block at hand, from the ranks that had it before
         for peer, block in self.ring.blocks(kv):
             queries, keys, causal = self.ring.pair(peer)
-            first = place.documents.blocks[peer] if place.documents else None
-            seen = causal or first is None or first.any(len(block[keys]))
+            first, seen = self._first(place, peer, len(block[keys]))
             if seen:
                 rows = (dy[queries], q[queries], o[queries], lse[..., queries])
                 part, gradient = self._backward(*rows, block[keys], causal, self._mask(place, peer, q), first)
@@ -162,6 +161,12 @@ class CausalAttention(Module):
             dq[:, :, qs] = dqs
             dkv[:, :, ks] += dks  # a key-value head may be read from two blocks
         return dq, dkv
+
+    def _first(self, place: Place, peer: int, keys: int) -> tuple[First | None, bool]:
+        """The first of the keys of ``peer`` that each of this rank's queries sees, and whether any of them sees one.
+        This rank's own block counts as seen, also if it is empty."""
+        first = place.documents.blocks[peer] if place.documents else None
+        return first, peer == self.ring.comm.rank or first is None or first.any(keys)
 
     def _mask(self, place: Place, peer: int, like: Array) -> Mask:
         """The dropout mask of some of this rank's query heads, for its queries and the keys of ``peer``."""

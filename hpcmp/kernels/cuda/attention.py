@@ -161,7 +161,7 @@ def _specification(name: str, q: Array) -> Any:
 
 
 def _by_cudnn(name: str, first: First | None) -> Callable[..., tuple[Array, Array] | None]:
-    if first is None or not first.host.any():  # every query sees the first key, and so all
+    if first is None or first.everything:
         return getattr(cudnn, name)  # type: ignore[no-any-return]
     return functools.partial(getattr(cudnn_documents, name), first=first)
 
